@@ -20,7 +20,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,7 +306,7 @@ def find_checkpoint(
     run_dir: str|Path,   # the run's folder
     *,
     expect: Mapping[str, Mapping[str, Tensor]]|None=None,  # as in `load_checkpoint`
-    on_warning=None,     # function of one line; default: print it to stderr
+    on_warning: Callable|None=None,  # function of one line; default: print it to stderr
 ) -> Checkpoint|None:    # None only where the run has no checkpoint at all
     "The newest good checkpoint, one line per damaged one; an error where all are damaged."
     warn = on_warning or (lambda line: print(line, file=sys.stderr))

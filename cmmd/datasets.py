@@ -3,10 +3,11 @@
 # %% auto #0
 __all__ = ['ClipDataset', 'toy_dataset', 'save_dataset', 'load_dataset']
 
-# %% ../nbs/24_datasets.ipynb #90077b51
+# %% ../nbs/24_datasets.ipynb #f9f25f91
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from .latents import encode_video
 from .mel import log_mel, mel_stats, normalise_mel
 from .toy import make_clips
 
-# %% ../nbs/24_datasets.ipynb #f9f25f91
+# %% ../nbs/24_datasets.ipynb #9f79e093
 @dataclass(frozen=True)
 class ClipDataset:
     "Clips as the model sees them: latents and normalised log-mels, in memory, with stable names."
@@ -33,13 +34,15 @@ class ClipDataset:
     def __post_init__(self):
         check_finite("video", check_shape("video", self.video, "n f c h w"))
         check_finite("audio", check_shape("audio", self.audio, "n c t", n=len(self.video)))
-        if len(self.ids) != len(self.video) or len(set(self.ids)) != len(self.ids):
-            raise ValueError(f"ids must be {len(self.video)} different names, got {len(set(self.ids))} of {len(self.ids)}")
+        wanted, given, different = len(self.video), len(self.ids), len(set(self.ids))
+        if not wanted == given == different:
+            raise ValueError(f"ids must be {wanted} different names, got {different} of {given}")
 
     def __len__(self) -> int: return len(self.video)
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]: return self.video[i], self.audio[i]
-    def batch(self, indices) -> tuple[Tensor, Tensor]:  # (b, f, c, h, w), (b, c, t)
-        return self.video[list(indices)], self.audio[list(indices)]
+    def batch(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:  # (b, f, c, h, w), (b, c, t)
+        places = list(indices)
+        return self.video[places], self.audio[places]
 
     @property
     def fingerprint(self) -> str:       # of the content: 16 hex digits
@@ -47,17 +50,17 @@ class ClipDataset:
         for x in (self.video, self.audio): digest.update(x.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-# %% ../nbs/24_datasets.ipynb #f7bce1be
+# %% ../nbs/24_datasets.ipynb #1b7dcd9b
 def toy_dataset(
-    n: int,                        # clips
-    vae: nn.Module,                # from `load_vae`
+    n: int,                              # clips
+    vae: nn.Module,                      # from `load_vae`
     *,
-    spec: ClipSpec|None=None,      # default `ClipSpec.toy()`
-    seed: int=0,                   # of the toy world
-    kind: str="bounce",            # "bounce" or "dance"
-    start: int=0,                  # the first clip's place in the stream
-    mel: tuple[float, float]|None=None,  # mean and std of the normalisation; default: measured on these clips
-) -> ClipDataset:                  # of n clips
+    spec: ClipSpec|None=None,            # default `ClipSpec.toy()`
+    seed: int=0,                         # of the toy world
+    kind: str="bounce",                  # "bounce" or "dance"
+    start: int=0,                        # the first clip's place in the stream
+    mel: tuple[float, float]|None=None,  # mean and std in decades; default: of these clips
+) -> ClipDataset:                        # of n clips
     "Toy clips encoded once: video to latents, sound to log-mel."
     spec = ClipSpec.toy() if spec is None else spec
     videos, mels = [], []
@@ -68,9 +71,10 @@ def toy_dataset(
     mels = torch.cat(mels)
     mean, std = mel_stats(mels) if mel is None else mel
     ids = tuple(f"toy-{kind}-{seed}-{start + i}" for i in range(n))
-    return ClipDataset(torch.cat(videos), normalise_mel(mels, mean, std).float(), ids, float(mean), float(std))
+    audio = normalise_mel(mels, mean, std).float()
+    return ClipDataset(torch.cat(videos), audio, ids, float(mean), float(std))
 
-# %% ../nbs/24_datasets.ipynb #83c51ea9
+# %% ../nbs/24_datasets.ipynb #961b0489
 def save_dataset(
     dataset: ClipDataset,  # to keep
     path: str|Path,        # a .safetensors file; written whole or not at all
@@ -80,10 +84,11 @@ def save_dataset(
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"ids": json.dumps(dataset.ids), "mel": json.dumps([dataset.mel_mean, dataset.mel_std])}
     partial = path.with_name(path.name + ".partial")
-    save_file({"video": dataset.video.contiguous(), "audio": dataset.audio.contiguous()}, partial, metadata=about)
+    tensors = {name: getattr(dataset, name).contiguous() for name in ("video", "audio")}
+    save_file(tensors, partial, metadata=about)
     os.replace(partial, path)
 
-
+# %% ../nbs/24_datasets.ipynb #1c4b0215
 def load_dataset(
     path: str|Path,  # from `save_dataset`
 ) -> ClipDataset:
@@ -91,8 +96,10 @@ def load_dataset(
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata()
-            video, audio = file.get_tensor("video"), file.get_tensor("audio")
+            # copies: what safetensors hands out are pages of the file itself, and change with it
+            video, audio = (file.get_tensor(name).clone() for name in ("video", "audio"))
         mean, std = json.loads(about["mel"])
         return ClipDataset(video, audio, tuple(json.loads(about["ids"])), mean, std)
     except FileNotFoundError: raise FileNotFoundError(f"no data set at {str(path)!r}") from None
-    except Exception as error: raise ValueError(f"{path} is no data set of cmmd: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{path} is no data set of cmmd: {error}") from error

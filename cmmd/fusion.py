@@ -4,7 +4,7 @@
 __all__ = ['FUSIONS', 'nearest_index', 'audio_for_frames', 'video_for_columns', 'Fusion', 'NoFusion', 'EasyFusion',
            'CrossAttentionFusion', 'get_fusion']
 
-# %% ../nbs/31_easy_fusion.ipynb #09b4c243
+# %% ../nbs/31_easy_fusion.ipynb #9588426e
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -13,43 +13,45 @@ from torch import Tensor, nn
 from .blocks import ColumnNorm, FrameNorm, attend, video_tokens, zero_init
 from .core import check_choice
 
-# %% ../nbs/31_easy_fusion.ipynb #9588426e
+# %% ../nbs/31_easy_fusion.ipynb #c49060cf
 def nearest_index(
-    n_out: int,       # how many places to fill
-    n_in: int,        # how many there are
+    n_out: int,  # how many places to fill
+    n_in: int,   # how many there are
     *,
-    ratio: float|None=None,  # input places per output place, in time; default n_in/n_out
+    ratio: float|None=None,          # input places per output place, in time; default n_in / n_out
     device: torch.device|str="cpu",  # where the answer lives
-) -> Tensor:          # int64 (n_out,): for each output place the input place that is playing at its middle
-    "Nearest neighbour in *time*: output place i lasts from i*ratio to (i+1)*ratio, in input places."
+) -> Tensor:     # int64 (n_out,), from 0 to n_in - 1
+    "For each output place the input place that is playing at its middle (CMMD Fig. 6)."
+    if n_out < 1 or n_in < 1: raise ValueError(f"n_out and n_in must be at least 1, got {n_out} and {n_in}")
     ratio = n_in / n_out if ratio is None else ratio
+    if not ratio > 0: raise ValueError(f"ratio must be positive, got {ratio}")
     middle = (torch.arange(n_out, device=device, dtype=torch.float64) + 0.5) * ratio
     return middle.floor().long().clamp_(max=n_in - 1)
 
-
+# %% ../nbs/31_easy_fusion.ipynb #e2086c63
 def audio_for_frames(
-    audio: Tensor,    # (b, c, t)
-    n_frames: int,    # f
-    columns_per_frame: float|None=None,  # default t/f
-) -> Tensor:          # (b, f, c)
-    "For each frame the mel column that sounds at its middle (T -> F, CMMD Fig. 6)."
+    audio: Tensor,  # (b, c, t)
+    n_frames: int,  # f
+    columns_per_frame: float|None=None,  # in time; default t/f
+) -> Tensor:        # (b, f, c)
+    "For each frame the mel column that sounds at its middle (T to F, CMMD Fig. 6)."
     index = nearest_index(n_frames, audio.shape[-1], ratio=columns_per_frame, device=audio.device)
     return audio.transpose(1, 2).index_select(1, index)
 
 
 def video_for_columns(
-    video: Tensor,    # (b, f, c, h, w)
-    n_columns: int,   # t
-    columns_per_frame: float|None=None,  # default t/f
-) -> Tensor:          # (b, t, c)
-    "For each mel column the spatial mean of the frame that is shown at its middle (F -> T, CMMD Fig. 6)."
+    video: Tensor,   # (b, f, c, h, w)
+    n_columns: int,  # t
+    columns_per_frame: float|None=None,  # in time; default t/f
+) -> Tensor:         # (b, t, c)
+    "For each mel column the spatial mean of the frame that is shown at its middle (F to T, CMMD Fig. 6)."
     ratio = None if columns_per_frame is None else 1 / columns_per_frame
     index = nearest_index(n_columns, video.shape[1], ratio=ratio, device=video.device)
     return video.mean((-2, -1)).index_select(1, index)
 
-# %% ../nbs/31_easy_fusion.ipynb #b521d9dd
+# %% ../nbs/31_easy_fusion.ipynb #26d86dd3
 class Fusion(nn.Module):
-    "What all fusions share: the two streams' channels, heads and norms; and time-wise attention of the video."
+    "What all fusions share: norms, and attention along time in each stream, from the `qkv` of a subclass."
     def __init__(self,
         video_channels: int,  # c of the video
         audio_channels: int,  # c of the audio
@@ -65,24 +67,23 @@ class Fusion(nn.Module):
         self.video_out = zero_init(nn.Linear(video_channels, video_channels))
         self.audio_out = zero_init(nn.Linear(audio_channels, audio_channels))
 
-    def _attend_video(self, video: Tensor, qkv: Tensor) -> Tensor:  # (b f c h w), (b f hw 3c) -> (b f c h w)
-        h = self.video_out(attend(qkv.transpose(1, 2), self.head_dim))
-        return video + rearrange(h, "b (h w) f c -> b f c h w", w=video.shape[-1])
+    def qkv(self, video: Tensor, audio: Tensor, columns_per_frame: float|None) -> tuple[Tensor, Tensor]:
+        "Queries, keys and values (b, f, h*w, 3c) and (b, t, 3c): here of each stream alone."
+        return self.video_qkv(video_tokens(self.norm_video(video))), self.audio_qkv(self.norm_audio(audio).mT)
 
-    def _attend_audio(self, audio: Tensor, qkv: Tensor) -> Tensor:  # (b c t), (b t 3c) -> (b c t)
-        return audio + self.audio_out(attend(qkv, self.head_dim)).transpose(1, 2)
-
-
-class NoFusion(Fusion):
-    "Temporal self-attention of each stream alone: nothing crosses. What every fusion is measured against."
     def forward(self,
         video: Tensor,  # (b, f, c, h, w)
         audio: Tensor,  # (b, c, t)
-        columns_per_frame: float|None=None,  # not used here
+        columns_per_frame: float|None=None,  # in time; default t/f
     ) -> tuple[Tensor, Tensor]:              # the same shapes
-        video_qkv = self.video_qkv(video_tokens(self.norm_video(video)))
-        audio_qkv = self.audio_qkv(self.norm_audio(audio).transpose(1, 2))
-        return self._attend_video(video, video_qkv), self._attend_audio(audio, audio_qkv)
+        video_qkv, audio_qkv = self.qkv(video, audio, columns_per_frame)
+        h = self.video_out(attend(video_qkv.transpose(1, 2), self.head_dim))
+        video = video + rearrange(h, "b (h w) f c -> b f c h w", w=video.shape[-1])
+        return video, audio + self.audio_out(attend(audio_qkv, self.head_dim)).mT
+
+# %% ../nbs/31_easy_fusion.ipynb #6820096f
+class NoFusion(Fusion):
+    "Temporal self-attention of each stream alone: nothing crosses. What every fusion is measured against."
 
 
 class EasyFusion(Fusion):
@@ -97,21 +98,16 @@ class EasyFusion(Fusion):
         self.audio_from_video = nn.Linear(video_channels, 3 * audio_channels, bias=False)
         self.norm_seen = nn.LayerNorm(video_channels)
 
-    def forward(self,
-        video: Tensor,  # (b, f, c, h, w)
-        audio: Tensor,  # (b, c, t)
-        columns_per_frame: float|None=None,  # in time; default t/f
-    ) -> tuple[Tensor, Tensor]:              # the same shapes
-        v, a = self.norm_video(video), self.norm_audio(audio)
-        heard = audio_for_frames(a, v.shape[1], columns_per_frame)
-        seen = self.norm_seen(video_for_columns(video, a.shape[-1], columns_per_frame))
-        video_qkv = self.video_qkv(video_tokens(v)) + self.video_from_audio(heard)[:, :, None]
-        audio_qkv = self.audio_qkv(a.transpose(1, 2)) + self.audio_from_video(seen)
-        return self._attend_video(video, video_qkv), self._attend_audio(audio, audio_qkv)
+    def qkv(self, video: Tensor, audio: Tensor, columns_per_frame: float|None) -> tuple[Tensor, Tensor]:
+        "Queries, keys and values (b, f, h*w, 3c) and (b, t, 3c): W_own own + W_other other."
+        heard = audio_for_frames(self.norm_audio(audio), video.shape[1], columns_per_frame)
+        seen = self.norm_seen(video_for_columns(video, audio.shape[-1], columns_per_frame))
+        video_qkv, audio_qkv = super().qkv(video, audio, columns_per_frame)
+        return video_qkv + self.video_from_audio(heard)[:, :, None], audio_qkv + self.audio_from_video(seen)
 
-# %% ../nbs/31_easy_fusion.ipynb #2fb65884
+# %% ../nbs/31_easy_fusion.ipynb #75cb0ff0
 class CrossAttentionFusion(Fusion):
-    "Self-attention in time, then cross-attention to all of the other stream: the usual alternative."
+    "Self-attention in time, and cross-attention to all of the other stream: the usual alternative."
     def __init__(self,
         video_channels: int,  # c of the video
         audio_channels: int,  # c of the audio
@@ -135,14 +131,16 @@ class CrossAttentionFusion(Fusion):
         audio: Tensor,  # (b, c, t)
         columns_per_frame: float|None=None,  # not used: cross-attention has to find the time by itself
     ) -> tuple[Tensor, Tensor]:              # the same shapes
-        v, a = video_tokens(self.norm_video(video)), self.norm_audio(audio).transpose(1, 2)
-        from_audio = self._cross(self.video_q(v.flatten(1, 2)), self.video_kv(a)).unflatten(1, v.shape[1:3])
-        from_video = self._cross(self.audio_q(a), self.audio_kv(self.norm_seen(video.mean((-2, -1)))))
-        video, audio = self._attend_video(video, self.video_qkv(v)), self._attend_audio(audio, self.audio_qkv(a))
-        extra = rearrange(self.video_cross_out(from_audio), "b f (h w) c -> b f c h w", w=video.shape[-1])
-        return video + extra, audio + self.audio_cross_out(from_video).transpose(1, 2)
+        pixels = rearrange(self.norm_video(video), "b f c h w -> b (f h w) c")
+        columns = self.norm_audio(audio).mT
+        from_audio = self.video_cross_out(self._cross(self.video_q(pixels), self.video_kv(columns)))
+        seen = self.norm_seen(video.mean((-2, -1)))
+        from_video = self.audio_cross_out(self._cross(self.audio_q(columns), self.audio_kv(seen)))
+        h, w = video.shape[-2:]
+        video, audio = super().forward(video, audio, columns_per_frame)
+        return video + rearrange(from_audio, "b (f h w) c -> b f c h w", h=h, w=w), audio + from_video.mT
 
-# %% ../nbs/31_easy_fusion.ipynb #f16c9ed8
+# %% ../nbs/31_easy_fusion.ipynb #b7146c3f
 FUSIONS = {"easy": EasyFusion, "none": NoFusion, "cross_attention": CrossAttentionFusion}
 
 

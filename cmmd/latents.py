@@ -6,6 +6,7 @@ __all__ = ['HUB_NAMES', 'psnr', 'ball_box', 'load_vae', 'encode_video', 'decode_
 
 # %% ../nbs/22_latents.ipynb #0846a1ca
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import ClipSpec, check_finite, check_range, check_shape, data_path, make_generator, pick_device
+from .core import (ClipSpec, check_finite, check_range, check_shape, data_path, make_generator,
+                       pick_device)
 from .toy import KINDS, ToyClips, make_clips
 
 # %% ../nbs/22_latents.ipynb #f5b8b98f
@@ -39,7 +41,8 @@ def ball_box(
     "Which pixels lie in the square around the ball."
     size = clips.video.shape[2]
     grid = torch.arange(size) + 0.5
-    center, reach = torch.from_numpy(clips.center), torch.from_numpy(clips.radius)[:, None, None] + margin
+    center = torch.from_numpy(clips.center)
+    reach = torch.from_numpy(clips.radius)[:, None, None] + margin
     inside = [(grid - center[..., i:i + 1]).abs() <= reach for i in (0, 1)]
     return (inside[1][..., :, None] & inside[0][..., None, :])[..., None]
 
@@ -50,13 +53,15 @@ HUB_NAMES = {"sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse", "taesd": "madebyollin
 def _missing(name: str, where: str) -> FileNotFoundError:
     return FileNotFoundError(
         f"the weights of the VAE {name!r} are not on this machine\n"
-        f"put config.json and diffusion_pytorch_model.safetensors of {where} in a folder and pass its path,\n"
+        f"put config.json and diffusion_pytorch_model.safetensors of {where} "
+        "in a folder and pass its path,\n"
         f"or allow the download once: load_vae({name!r}, allow_download=True)")
 
 
 def _load_taesd(folder: Path) -> AutoencoderTiny:
-    "TAESD from the two files of its authors; their decoder begins with a clamp that diffusers keeps outside."
-    encoder, decoder = (load_file(folder / f"taesd_{part}.safetensors") for part in ("encoder", "decoder"))
+    "TAESD from its authors' two files; diffusers keeps the decoder's first clamp outside of it."
+    encoder, decoder = (load_file(folder / f"taesd_{part}.safetensors")
+                        for part in ("encoder", "decoder"))
     state = {f"encoder.layers.{k}": v.float() for k, v in encoder.items()}
     for key, value in decoder.items():
         index, rest = key.split(".", 1)
@@ -68,31 +73,50 @@ def _load_taesd(folder: Path) -> AutoencoderTiny:
 # %% ../nbs/22_latents.ipynb #c2ce769c
 def _load_from_hub(name: str, allow_download: bool):
     kind = AutoencoderTiny if name == "taesd" else AutoencoderKL
-    try: return kind.from_pretrained(HUB_NAMES[name], local_files_only=not allow_download, use_safetensors=True)
+    options = {"local_files_only": not allow_download, "use_safetensors": True}
+    try: return kind.from_pretrained(HUB_NAMES[name], **options)
     except OSError as error: raise _missing(name, HUB_NAMES[name]) from error
 
 # %% ../nbs/22_latents.ipynb #597bad7c
+def _load_folder(folder: Path) -> AutoencoderKL|AutoencoderTiny:
+    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    name = json.loads((folder / "config.json").read_text()).get("_class_name")
+    if name in kinds:
+        return kinds[name].from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    raise ValueError(f"{folder}/config.json must describe an {' or '.join(kinds)}, got {name!r}")
+
+# %% ../nbs/22_latents.ipynb #68e780c7
 def load_vae(
-    name_or_path: str|Path="tiny",        # "tiny" (shipped), "sd-vae-ft-mse", "taesd", or a folder with the weights
+    name_or_path: str|Path="tiny",   # "tiny" (shipped), "sd-vae-ft-mse", "taesd", or a folder
     *,
-    allow_download: bool=False,           # fetch missing weights from the hub
-    device: str|torch.device="cpu",       # where to put it
-) -> AutoencoderKL|AutoencoderTiny:       # frozen, in eval mode; `.config.scaling_factor` makes its latents about unit variance
-    "A frozen image autoencoder with 4 latent channels and factor 8; offline unless told otherwise (CMMD sec. 3)."
+    allow_download: bool=False,      # fetch missing weights from the hub
+    device: str|torch.device="cpu",  # where to put it
+) -> AutoencoderKL|AutoencoderTiny:  # frozen, in eval mode, with `.config.scaling_factor`
+    "A frozen image autoencoder, 4 latent channels, factor 8; offline unless told (CMMD sec. 3)."
     folder = data_path("weights", "tiny-vae") if name_or_path == "tiny" else Path(name_or_path)
     if (folder / "taesd_encoder.safetensors").is_file(): vae = _load_taesd(folder)
-    elif (folder / "config.json").is_file():
-        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
-        if kind not in ("AutoencoderKL", "AutoencoderTiny"):
-            raise ValueError(f"{folder}/config.json must describe an AutoencoderKL or AutoencoderTiny, got {kind!r}")
-        vae = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[kind].from_pretrained(
-            folder, local_files_only=True, use_safetensors=True)
+    elif (folder / "config.json").is_file(): vae = _load_folder(folder)
     elif str(name_or_path) in HUB_NAMES: vae = _load_from_hub(str(name_or_path), allow_download)
-    else: raise FileNotFoundError(f"no VAE in {str(name_or_path)!r}: expected 'tiny', {', '.join(map(repr, HUB_NAMES))}, "
-                                  "or a folder with config.json and safetensors weights")
+    else: raise FileNotFoundError(
+        f"no VAE in {str(name_or_path)!r}: expected 'tiny', {', '.join(map(repr, HUB_NAMES))}, "
+        "or a folder with config.json and safetensors weights")
     return vae.to(device).eval().requires_grad_(False)
 
-# %% ../nbs/22_latents.ipynb #c0b773e4
+# %% ../nbs/22_latents.ipynb #3d6ede0d
+def _check_pixels(video: Tensor) -> None:
+    if not isinstance(video, Tensor):
+        raise TypeError(f"video must be a torch tensor, got {type(video).__name__}")
+    if video.dtype != torch.uint8 or video.ndim != 5 or video.shape[-1] != 3:
+        got = f"{video.dtype} {tuple(video.shape)}"
+        raise ValueError(f"video must be a uint8 tensor (b, f, h, w, 3), got {got}")
+
+
+def _encode_frames(vae: nn.Module, frames: Tensor) -> Tensor:  # uint8 (n, 3, h, w) to latents
+    encoded = vae.encode((frames.to(vae.device, torch.float32) / 127.5 - 1).to(vae.dtype))
+    mean = encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.mean
+    return mean.float() * vae.config.scaling_factor
+
+# %% ../nbs/22_latents.ipynb #cf6816e9
 @torch.no_grad()
 def encode_video(
     vae: nn.Module,       # from `load_vae`
@@ -100,21 +124,13 @@ def encode_video(
     *,
     batch_size: int=64,   # frames at a time
 ) -> Tensor:              # float32 (b, f, c, h/8, w/8), about unit variance, on the VAE's device
-    "Video latents: each frame's posterior mean times the scaling factor (CMMD sec. 3; the mean, not a sample)."
-    if not isinstance(video, Tensor) or video.dtype != torch.uint8 or video.ndim != 5 or video.shape[-1] != 3:
-        got = f"{video.dtype} {tuple(video.shape)}" if isinstance(video, Tensor) else type(video).__name__
-        raise ValueError(f"video must be a uint8 tensor (b, f, h, w, 3), got {got}")
+    "Video latents: each frame's posterior mean (no sample) times the scaling factor (CMMD sec. 3)."
+    _check_pixels(video)
     frames = rearrange(video, "b f h w c -> (b f) c h w")
-    parts = [_encode_frames(vae, part.to(vae.device, torch.float32) / 127.5 - 1) for part in frames.split(batch_size)]
+    parts = [_encode_frames(vae, part) for part in frames.split(batch_size)]
     return rearrange(torch.cat(parts), "(b f) c h w -> b f c h w", b=len(video))
 
-
-def _encode_frames(vae: nn.Module, frames: Tensor) -> Tensor:  # (n, 3, h, w) in [-1, 1] -> (n, c, h/8, w/8)
-    encoded = vae.encode(frames.to(vae.dtype))
-    mean = encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.mean
-    return mean.float() * vae.config.scaling_factor
-
-# %% ../nbs/22_latents.ipynb #2245e4eb
+# %% ../nbs/22_latents.ipynb #ef5ce673
 @torch.no_grad()
 def decode_video(
     vae: nn.Module,       # from `load_vae`
@@ -123,28 +139,29 @@ def decode_video(
     batch_size: int=64,   # frames at a time
 ) -> Tensor:              # uint8 (b, f, 8h, 8w, 3), on the CPU
     "The frames that video latents stand for."
-    check_finite("latents", check_shape("latents", latents, "b f c h w", c=vae.config.latent_channels))
+    check_shape("latents", latents, "b f c h w", c=vae.config.latent_channels)
+    check_finite("latents", latents)
     frames = rearrange(latents, "b f c h w -> (b f) c h w") / vae.config.scaling_factor
     parts = [vae.decode(part.to(vae.device, vae.dtype)).sample for part in frames.split(batch_size)]
     pixels = ((torch.cat(parts).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
     return rearrange(pixels, "(b f) c h w -> b f h w c", b=len(latents))
 
-# %% ../nbs/22_latents.ipynb #b5e38faa
+# %% ../nbs/22_latents.ipynb #eacf415c
 @dataclass(frozen=True)
 class VAETrainConfig:
     "How the shipped tiny VAE was trained."
     channels: tuple[int, ...] = (16, 32, 64, 64)   # per level; one level more than halvings
-    steps: int = 8_000 
+    steps: int = 8_000
     batch_size: int = 24                           # frames
     learning_rate: float = 1e-3                    # peak; 200 steps of warm-up, then a cosine to 1%
-    kl_weight: float = 1e-6                        # on the KL summed over a frame's latent; 1e-3 collapses channels
-    figure_weight: float = 8.                      # extra weight of pixels that differ from their row's median
+    kl_weight: float = 1e-6                        # on a frame's KL; 1e-3 collapses channels
+    figure_weight: float = 8.                      # extra, of pixels unlike their row's median
     ema_decay: float = 0.999
     mixed_precision: str = "bf16"                  # "bf16" or "no"
     seed: int = 0
     save_every: int = 1_000
 
-# %% ../nbs/22_latents.ipynb #ccf799c6
+# %% ../nbs/22_latents.ipynb #1d02d134
 def tiny_vae(
     channels: tuple[int, ...]=(16, 32, 64, 64),  # per level
     latent_channels: int=4,                      # of the latent
@@ -155,25 +172,25 @@ def tiny_vae(
                          latent_channels=latent_channels, norm_num_groups=8, sample_size=64,
                          mid_block_add_attention=False, scaling_factor=1.)
 
-# %% ../nbs/22_latents.ipynb #1d02d134
+# %% ../nbs/22_latents.ipynb #99f0d619
 def toy_frames(
-    pool: int,            # which pool of the unlimited stream
+    pool: int,                 # which pool of the unlimited stream
     *,
-    seed: int=0,          # of the toy world
-    n_clips: int=64,      # clips in a pool, half of each kind
+    seed: int=0,               # of the toy world
+    n_clips: int=64,           # clips in a pool, half of each kind
     spec: ClipSpec|None=None,  # default `ClipSpec.toy()`
-) -> tuple[Tensor, Tensor]:    # frames (n, 3, h, w) in [-1, 1], shuffled; figure mask (n, 1, h, w): 1 where not background
+) -> tuple[Tensor, Tensor]:    # frames (n, 3, h, w) in [-1, 1]; figure mask (n, 1, h, w), 0 or 1
     "A shuffled pool of toy frames and where their figures are."
     n = n_clips // len(KINDS)
     clips = [make_clips(n, spec=spec, seed=seed, kind=kind, start=pool * n).video for kind in KINDS]
     video = torch.cat(clips).float() / 127.5 - 1
     background = rearrange(video, "b f h w c -> b h c (f w)").median(-1).values
     figure = (video - background[:, None, :, None]).abs().amax(-1, keepdim=True) > 0.1
-    order = torch.randperm(video.shape[0] * video.shape[1], generator=make_generator(seed, "frames", pool))
-    frames, masks = (rearrange(x, "b f h w c -> (b f) c h w")[order] for x in (video, figure.float()))
-    return frames, masks
+    frames, masks = (rearrange(x, "b f h w c -> (b f) c h w") for x in (video, figure.float()))
+    order = torch.randperm(len(frames), generator=make_generator(seed, "frames", pool))
+    return frames[order], masks[order]
 
-# %% ../nbs/22_latents.ipynb #d49c1211
+# %% ../nbs/22_latents.ipynb #9d3551d0
 def vae_loss(
     vae: AutoencoderKL,            # in training
     frames: Tensor,                # (n, 3, h, w) in [-1, 1]
@@ -187,12 +204,12 @@ def vae_loss(
     error = (vae.decode(posterior.sample(generator)).sample.float() - frames)**2
     return (weight * error).mean() / weight.mean() + kl_weight * posterior.kl().mean(), error.mean()
 
-# %% ../nbs/22_latents.ipynb #65838df9
+# %% ../nbs/22_latents.ipynb #49bf5f2d
 def _batches(config: VAETrainConfig):
     step, pool = 0, 0
     while step < config.steps:
-        frames, figure = toy_frames(pool, seed=config.seed + 1_000)
-        for pair in list(zip(frames.split(config.batch_size), figure.split(config.batch_size)))[:config.steps - step]:
+        parts = [x.split(config.batch_size) for x in toy_frames(pool, seed=config.seed + 1_000)]
+        for pair in list(zip(*parts))[:config.steps - step]:
             yield pair
             step += 1
         pool += 1
@@ -204,44 +221,65 @@ def _save_vae(vae: AutoencoderKL, ema, config: VAETrainConfig, out_dir: Path) ->
     averaged.load_state_dict(vae.state_dict())
     ema.copy_to(averaged.parameters())
     averaged = averaged.eval().requires_grad_(False)
-    video = torch.cat([make_clips(8, seed=config.seed + 2_000, kind=kind).video for kind in KINDS])
-    averaged.register_to_config(scaling_factor=float(1 / encode_video(averaged, video).std()))
+    clips = [make_clips(8, seed=config.seed + 2_000, kind=kind).video for kind in KINDS]
+    scale = float(1 / encode_video(averaged, torch.cat(clips)).std())
+    averaged.register_to_config(scaling_factor=scale)
     averaged.save_pretrained(out_dir)
     return averaged
 
-# %% ../nbs/22_latents.ipynb #541074f4
+# %% ../nbs/22_latents.ipynb #18b034f5
+def _start_vae(config: VAETrainConfig, start, device: torch.device) -> AutoencoderKL:
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        vae = tiny_vae(config.channels).to(device)
+    if start is not None: vae.load_state_dict(load_vae(start).state_dict())
+    return vae
+
+
+def _vae_optimizer(vae: AutoencoderKL, config: VAETrainConfig):
+    def rate(step):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        return min((step + 1) / 200, 1) * (0.01 + 0.99 * cosine)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, weight_decay=0.)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+
+def _log_row(step: int, loss: Tensor, mse: Tensor, began: float) -> str:
+    row = {"step": step, "loss": loss.item(), "mse": mse.item(), "s": round(time.time() - began, 1)}
+    return json.dumps(row) + "\n"
+
+# %% ../nbs/22_latents.ipynb #293269ec
 def train_vae(
     out_dir: str|Path,                        # receives config.json, the weights and log.jsonl
     config: VAETrainConfig=VAETrainConfig(),  # how
     *,
-    start: str|Path|None=None,                # a folder with weights to go on from; default: from scratch
+    start: str|Path|None=None,                # a folder with weights to go on from
     device: str="auto",                       # as in `pick_device`
     progress: bool=True,                      # show a bar
 ) -> AutoencoderKL:                           # the averaged weights, with their scaling factor
     "Train a tiny AutoencoderKL on the toy world; frames are made as they are needed."
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
-    device, out_dir = pick_device(device), Path(out_dir)
-    check_range("steps", config.steps, 1), out_dir.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config.seed)
-    vae = tiny_vae(config.channels).to(device)
-    if start is not None: vae.load_state_dict(load_vae(start).state_dict())
+    check_range("steps", config.steps, 1)
+    device, out_dir, began = pick_device(device), Path(out_dir), time.time()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    noise = make_generator(config.seed, "posterior", device=device)
+    vae = _start_vae(config, start, device)
     ema = EMAModel(vae.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, weight_decay=0.)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 200, 1) * (
-        0.01 + 0.99 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * s / config.steps)).item())))
-    began, noise = time.time(), make_generator(config.seed, "posterior", device=device)
-    autocast = Accelerator(mixed_precision=config.mixed_precision, cpu=device.type == "cpu").autocast
-    with (out_dir / "log.jsonl").open("w") as log:
-        for step, (frames, figure) in enumerate(tqdm(_batches(config), total=config.steps, disable=not progress)):
+    optimizer, schedule = _vae_optimizer(vae, config)
+    precision = Accelerator(mixed_precision=config.mixed_precision, cpu=device.type == "cpu")
+    batches = tqdm(_batches(config), total=config.steps, disable=not progress)
+    with (out_dir / "log.jsonl").open("w", buffering=1) as log:
+        for step, (frames, figure) in enumerate(batches):
             frames, weight = frames.to(device), 1 + config.figure_weight * figure.to(device)
-            with autocast(): loss, mse = vae_loss(vae, frames, weight, kl_weight=config.kl_weight, generator=noise)
+            with precision.autocast():
+                loss, mse = vae_loss(
+                    vae, frames, weight, kl_weight=config.kl_weight, generator=noise)
             loss.backward()
             nn.utils.clip_grad_norm_(vae.parameters(), 1.)
             optimizer.step(), schedule.step(), optimizer.zero_grad(), ema.step(vae.parameters())
             last = step + 1 == config.steps
-            if step % 100 == 0 or last:
-                log.write(json.dumps({"step": step, "loss": loss.item(), "mse": mse.item(), "s": round(time.time() - began, 1)}) + "\n")
-                log.flush()
-            if (step + 1) % config.save_every == 0 or last: averaged = _save_vae(vae, ema, config, out_dir)
+            if step % 100 == 0 or last: log.write(_log_row(step, loss, mse, began))
+            if (step + 1) % config.save_every == 0 or last:
+                averaged = _save_vae(vae, ema, config, out_dir)
     return averaged

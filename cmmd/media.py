@@ -5,12 +5,13 @@ __all__ = ['CONTAINERS', 'GRACE', 'MediaError', 'MediaLimits', 'VideoStream', 'A
            'read_clip', 'read_media', 'write_clip', 'write_wav', 'mux_audio', 'windows', 'frame_window', 'linear_fade',
            'power_fade', 'crossfade']
 
-# %% ../nbs/23_media.ipynb #fef52a3d
+# %% ../nbs/23_media.ipynb #c4962d8b
 import inspect
 import io
 import json
 import math
 import os
+import signal
 import stat
 import struct
 import subprocess
@@ -30,9 +31,10 @@ from torch import Tensor
 
 from .core import ClipSpec, check_finite, check_range, check_shape
 
-# %% ../nbs/23_media.ipynb #c4962d8b
+# %% ../nbs/23_media.ipynb #ab9c063c
 CONTAINERS = "mov,matroska,avi,ogg,wav,w64,aiff,flac,mp3,aac,mpegts,mpeg,flv,asf"  # FFmpeg's names
-GRACE = 5.                                # s beyond its own CPU time that a decoding process may live
+GRACE = 45.                     # s of waiting beyond its CPU time that a decoding process may take
+
 
 
 class MediaError(ValueError):
@@ -54,7 +56,7 @@ class MediaLimits:
     def __post_init__(self):
         for f in fields(self): check_range(f"MediaLimits.{f.name}", getattr(self, f.name), 1e-3)
 
-# %% ../nbs/23_media.ipynb #c78b0d07
+# %% ../nbs/23_media.ipynb #bc983f45
 @dataclass(frozen=True)
 class VideoStream:
     "What a header says of a video stream."
@@ -76,7 +78,7 @@ class AudioStream:
     duration: float|None        # s, None where the container does not say
     start: float                # s, first pts
 
-
+# %% ../nbs/23_media.ipynb #c13db30a
 @dataclass(frozen=True)
 class MediaInfo:
     "What a media file's header says; only the first video and the first audio stream are ever used."
@@ -98,7 +100,7 @@ class Clip:
     rotation: int               # degrees counterclockwise that were applied: 0, 90, 180, 270
     info: MediaInfo
 
-# %% ../nbs/23_media.ipynb #ce73a055
+# %% ../nbs/23_media.ipynb #139dcb07
 _CHILD_PARTS = {}
 
 
@@ -106,30 +108,31 @@ def _child(part):  # marks what the decoding process consists of
     _CHILD_PARTS[part.__name__] = part
     return part
 
-# %% ../nbs/23_media.ipynb #cbb43009
+# %% ../nbs/23_media.ipynb #2ac3ccfe
 @_child
-class _ChildView(io.RawIOBase):
+def _child_view(fd: int):
     "A reader and writer with its own place in an open file: no second open() is ever needed."
-    def __init__(self, fd: int): self.fd, self.place = fd, 0
-    def readable(self): return True
-    def writable(self): return True
-    def seekable(self): return True
-    def tell(self): return self.place
-    def seek(self, offset, whence=0):
-        base = (0, self.place, os.fstat(self.fd).st_size)[whence]
-        self.place = base + offset
-        return self.place
-    def read(self, n=-1):
-        data = os.pread(self.fd, n if n >= 0 else os.fstat(self.fd).st_size, self.place)
-        self.place += len(data)
-        return data
-    def write(self, data):
-        data, n = memoryview(data), 0
-        while n < len(data): n += os.pwrite(self.fd, data[n:], self.place + n)
-        self.place += n
-        return n
+    class View(io.RawIOBase):
+        place = 0
+        def readable(self): return True
+        def writable(self): return True
+        def seekable(self): return True
+        def tell(self): return self.place
+        def seek(self, offset, whence=0):
+            self.place = (0, self.place, os.fstat(fd).st_size)[whence] + offset
+            return self.place
+        def read(self, n=-1):
+            data = os.pread(fd, n if n >= 0 else os.fstat(fd).st_size, self.place)
+            self.place += len(data)
+            return data
+        def write(self, data):
+            data, n = memoryview(data), 0
+            while n < len(data): n += os.pwrite(fd, data[n:], self.place + n)
+            self.place += n
+            return n
+    return View()
 
-
+# %% ../nbs/23_media.ipynb #86c7a1b5
 @_child
 def _child_limit(ask: dict) -> None:
     "From here on: so much memory, CPU time and output, and no further file, connection or process."
@@ -142,10 +145,11 @@ def _child_limit(ask: dict) -> None:
                         ("CORE", 0), ("NOFILE", 3)):
         hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        try: resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+        upper = value + 1 if name == "CPU" and hard == resource.RLIM_INFINITY else value
+        try: resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, upper))
         except (ValueError, OSError): pass             # a system without this limit
 
-# %% ../nbs/23_media.ipynb #e82bbf89
+# %% ../nbs/23_media.ipynb #e7896707
 @_child
 def _child_no_file(url, flags, options):
     raise ValueError("refers to another file or address; only the file itself is read")
@@ -154,11 +158,11 @@ def _child_no_file(url, flags, options):
 @_child
 def _child_open(ask: dict):
     "The container on standard input: allowed demuxers only, no protocol at all."
-    limits = ask["limits"]
     rules = {"format_whitelist": ask["containers"], "protocol_whitelist": "", "max_streams": "1000"}
-    return av.open(_ChildView(0), "r", container_options=rules, metadata_errors="ignore",
-                   options={"max_pixels": str(limits["max_pixels"])}, io_open=_child_no_file,
-                   buffer_size=1 << 17)
+    options = {"max_pixels": str(ask["limits"]["max_pixels"])}
+    try: return av.open(_child_view(0), "r", container_options=rules, options=options, buffer_size=1 << 17,
+                        metadata_errors="ignore", io_open=_child_no_file)
+    except av.error.ArgumentError: raise ValueError("is no container of a kind that is read") from None
 
 
 @_child
@@ -171,7 +175,7 @@ def _child_streams(box):
         if s.codec_context is None: raise ValueError(f"holds {s.type} in a codec that cannot be decoded here")
     return video[0] if video else None, audio[0] if audio else None
 
-
+# %% ../nbs/23_media.ipynb #f8508506
 @_child
 def _child_span(stream) -> dict:
     "Where a stream starts and how long it says it is, in s; matroska and others do not say."
@@ -199,7 +203,7 @@ def _child_info(box) -> dict:
                          "n_channels": codec.channels, **spans[-1]}
     return info
 
-# %% ../nbs/23_media.ipynb #3f0edf0f
+# %% ../nbs/23_media.ipynb #54f8bcbc
 @_child
 def _child_check_size(x, limits: dict) -> None:
     if max(x.width, x.height) > limits["max_side"] or x.width * x.height > limits["max_pixels"]:
@@ -224,7 +228,7 @@ def _child_check(box, info: dict, limits: dict) -> None:
         raise ValueError(f"has sound of {audio['sample_rate']} Hz and {audio['n_channels']} channels; "
                          "1 to 400000 Hz and 1 to 64 channels are allowed")
 
-# %% ../nbs/23_media.ipynb #e9913d05
+# %% ../nbs/23_media.ipynb #d8eff344
 @_child
 def _child_frames(box, stream, zero: float, seen: dict):
     "Decoded frames with their times in s after `zero`, counted: a frame lost without a word is an error."
@@ -244,7 +248,7 @@ def _child_frames(box, stream, zero: float, seen: dict):
         raise ValueError(f"holds {sent} video packets, of which only {seen['n']} could be decoded")
     seen["whole"] = True
 
-
+# %% ../nbs/23_media.ipynb #4a97d0a0
 @_child
 def _child_in_order(pairs, depth: int=3):
     "Decoders give pictures in the order they are shown; AVI hands out their times in the order stored."
@@ -266,7 +270,7 @@ def _child_check_end(stream, info: dict, seen: dict) -> None:
         raise ValueError(f"declares {span['duration']:.2f} s of {stream.type}, of which {max(0, got):.2f} s "
                          "could be decoded: cut off or damaged")
 
-# %% ../nbs/23_media.ipynb #58b987a3
+# %% ../nbs/23_media.ipynb #1ab8f3bf
 @_child
 @lru_cache(64)
 def _child_weights(n: int, low: float, length: float, size: int):
@@ -297,7 +301,7 @@ def _child_picture(frame, aspect: float, ask: dict) -> tuple[bytes, int]:
     square = _child_square(frame.to_ndarray(format="rgb24"), ask["size"], aspect)
     return np.ascontiguousarray(np.rot90(square, turns)).tobytes(), 90 * turns
 
-# %% ../nbs/23_media.ipynb #a9e3ba69
+# %% ../nbs/23_media.ipynb #8ff8ecc7
 @_child
 def _child_video(box, stream, ask: dict, info: dict, out) -> dict|None:
     "Writes what is on the screen at start + k / fps; None if seeking has missed the place."
@@ -322,7 +326,7 @@ def _child_video(box, stream, ask: dict, info: dict, out) -> dict|None:
     for _ in range(n - k): out.write(picture)                   # the last one stays
     return {"n": n, "end": seen["end"], "rotation": rotation}
 
-# %% ../nbs/23_media.ipynb #c3d6c761
+# %% ../nbs/23_media.ipynb #81f3afa2
 @_child
 def _child_mono(frame):
     "float32 (samples,): the MEAN of the channels, which nobody has scaled for us."
@@ -332,7 +336,7 @@ def _child_mono(frame):
     elif x.dtype.kind == "i": x = x / np.float64(2 ** (8 * x.dtype.itemsize - 1))
     return np.nan_to_num(x.mean(0)).astype(np.float32)
 
-
+# %% ../nbs/23_media.ipynb #31ad162a
 @_child
 def _child_sound(box, stream, ask: dict, info: dict, out) -> dict|None:
     "Writes mono float32 at the file's own rate, each sample at its time; None if seeking missed."
@@ -360,7 +364,7 @@ def _child_sound(box, stream, ask: dict, info: dict, out) -> dict|None:
     return {"n": seen["n"], "end": declared if padded else seen["end"], "first": first,
             "samples": filled - first}
 
-# %% ../nbs/23_media.ipynb #68475fed
+# %% ../nbs/23_media.ipynb #67e373c5
 @_child
 def _child_read(ask: dict, out) -> dict:
     "One pass for the pictures, one for the sound; seeking only where a container has a true index."
@@ -384,140 +388,32 @@ def _child_probe(ask: dict, out) -> dict:
         _child_check(box, info, ask["limits"])
     return {"info": info}
 
-# %% ../nbs/23_media.ipynb #96e613c4
+# %% ../nbs/23_media.ipynb #61f154cc
 @_child
-def _child_packets(box, stream, zero: float) -> dict:
-    "Reads a video stream without decoding it: may its packets go into an mp4 as they are?"
-    fits, end, n, codec = True, 0., 0, stream.codec_context
-    for packet in box.demux(stream):
-        if not packet.size: continue
-        fits &= None not in (packet.pts, packet.dts) and not packet.is_discard and not packet.is_corrupt
-        if packet.pts is not None:
-            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base) - zero)
-        n += 1
-    known = codec.name in ("h264", "vp9") and codec.pix_fmt in ("yuv420p", "yuvj420p")
-    return {"fits": bool(fits and n and known), "end": end, "n": n}
-
-
-@_child
-def _child_sink():
-    rules = {"movflags": "+faststart", "fflags": "+bitexact"}
-    return av.open(_ChildView(1), "w", format="mp4", options=rules, io_open=lambda *_: _ChildView(1))
-
-
-@_child
-def _child_encode(sink, stream, ask: dict, end: float) -> None:
-    "The new sound as AAC, cut or padded with silence to end with the picture."
-    n, rate = round(end * ask["rate"]), ask["rate"]
-    wave = np.pad(ask["wave"][:n], (0, max(0, n - len(ask["wave"])))).clip(-1, 1)
-    frame = av.AudioFrame.from_ndarray(wave[None], "fltp", "mono")
-    frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
-    sink.mux(stream.encode(frame))
-    sink.mux(stream.encode(None))
-
-# %% ../nbs/23_media.ipynb #1b04cc07
-@_child
-def _child_copy(box, stream, ask: dict, zero: float, end: float) -> None:
-    "The video's own packets, untouched, under the new sound."
-    with _child_sink() as sink:
-        target = sink.add_stream_from_template(stream)
-        sound = sink.add_stream("aac", rate=ask["rate"], layout="mono", bit_rate=96_000)
-        shift = round(zero / stream.time_base)
-        for packet in box.demux(stream):
-            if not packet.size: continue
-            packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, target
-            sink.mux(packet)
-        _child_encode(sink, sound, ask, end)
-
-
-@_child
-def _child_h264(sink, frame, stream):
-    "An H.264 stream for pictures like `frame`: even sides, the same rotation and pixel shape."
-    target = sink.add_stream("libx264", rate=30, options={"crf": "20", "preset": "veryfast", "bf": "0"})
-    target.width, target.height = (max(2, n // 2 * 2) for n in (frame.width, frame.height))
-    target.pix_fmt, target.codec_context.time_base = "yuv420p", Fraction(1, 90_000)
-    target.codec_context.thread_count = 1
-    if stream.codec_context.sample_aspect_ratio:
-        target.codec_context.sample_aspect_ratio = stream.codec_context.sample_aspect_ratio
-    if frame.rotation: target.set_display_rotation(frame.rotation)
-    return target
-
-
-@_child
-def _child_recode(box, stream, ask: dict, zero: float) -> dict:
-    "The video as H.264, frame for frame at the same times, under the new sound."
-    seen, ticks, done, target = {"n": 0, "end": 0., "whole": False}, [], 0, None
-    with _child_sink() as sink:
-        for frame, time in _child_in_order(_child_frames(box, stream, zero, seen)):
-            _child_check_size(frame, ask["limits"])
-            if target is None:
-                target = _child_h264(sink, frame, stream)
-                sound = sink.add_stream("aac", rate=ask["rate"], layout="mono", bit_rate=96_000)
-                packets = []
-            ticks.append(max(round(time * 90_000), ticks[-1] + 1 if ticks else 0))
-            picture = frame.reformat(target.width, target.height, "yuv420p")
-            picture.pts, picture.time_base, picture.pict_type = ticks[-1], Fraction(1, 90_000), 0
-            packets += target.encode(picture)
-            done = _child_put(sink, packets, ticks, done)
-        if target is None: raise ValueError("holds no frame that could be decoded")
-        packets += target.encode(None)
-        _child_put(sink, packets, [*ticks, max(round(seen["end"] * 90_000), ticks[-1] + 1)], done)
-        _child_encode(sink, sound, ask, seen["end"])
-    return {"n": seen["n"], "end": seen["end"]}
-
-
-@_child
-def _child_put(sink, packets: list, ticks: list, done: int) -> int:
-    "Writes the packets whose duration, up to the next frame, is known: a variable rate stays one."
-    while packets and done + 1 < len(ticks):
-        packet = packets.pop(0)
-        packet.duration, done = ticks[done + 1] - ticks[done], done + 1
-        sink.mux(packet)
-    return done
-
-
-@_child
-def _child_mux(ask: dict, out) -> dict:
-    "The first video stream with a new sound, as mp4."
-    with _child_open(ask) as box:
-        info = _child_info(box)
-        _child_check(box, info, ask["limits"])
-        video, zero = _child_streams(box)[0], info["start"]
-        if video is None: raise ValueError("has no video stream to put a sound under")
-        scan = _child_packets(box, video, zero)
-    if scan["end"] > ask["limits"]["max_duration"]: raise ValueError("is longer than is allowed")
-    with _child_open(ask) as box:
-        video, copied = _child_streams(box)[0], scan["fits"] and ask["copy"]
-        if copied: _child_copy(box, video, ask, zero, scan["end"])
-        else: scan = _child_recode(box, video, ask, zero)
-    return {"info": info, "n": scan["n"], "end": scan["end"], "copied": copied}
-
-# %% ../nbs/23_media.ipynb #4db132e9
-@_child
-def _child_main(jobs: dict) -> None:
+def _child_main(parts: dict) -> None:
     "One request on the command line, the file on standard input, raw data out, one line of JSON on stderr."
     ask = json.loads(sys.argv[1])
     av.logging.set_level(av.logging.PANIC)
-    out = _ChildView(1)
+    out = _child_view(1)
     if ask.get("wave"): ask["wave"] = np.fromfile(ask["wave"], np.float32)
     _child_limit(ask)
-    try: reply = jobs[ask["job"]](ask, out)
+    try: reply = parts["_child_" + ask["job"]](ask, out)
     except MemoryError: reply = {"error": "needs more memory than is allowed"}
     except av.error.FFmpegError as e: reply = {"error": f"damaged, or not a known kind of media ({e.strerror})"}
     except Exception as e: reply = {"error": str(e) or type(e).__name__}
     os.write(2, ("\n" + json.dumps(reply)).encode())
 
-# %% ../nbs/23_media.ipynb #8a811429
-@lru_cache(1)
-def _child_program() -> str:
+
+@lru_cache(4)
+def _child_program(parts: tuple) -> str:
     "The source of the decoding process: what is marked `@_child`, and nothing else of this package."
     head = ("import io, json, math, os, sys", "from fractions import Fraction",
             "from functools import lru_cache", "import av, av.subtitles.codeccontext, av.subtitles.stream",
-            "import numpy as np", "def _child(part): return part")
-    jobs = "{'probe': _child_probe, 'read': _child_read, 'mux': _child_mux}"
-    return "\n\n".join([*head, *map(inspect.getsource, _CHILD_PARTS.values()), f"_child_main({jobs})"])
+            "import numpy as np")
+    body = ("def _child(part): return part", *map(inspect.getsource, parts), "_child_main(globals())")
+    return "\n".join(head) + "\n\n\n" + "\n\n".join(body)
 
-# %% ../nbs/23_media.ipynb #ee35b38b
+# %% ../nbs/23_media.ipynb #a669f4de
 def _name(path) -> str:  # printable whatever the file is called
     text = os.fspath(path)
     return text if text.isprintable() else ascii(text)[1:-1]
@@ -538,24 +434,25 @@ def _open_media(path) -> int:  # a file descriptor
     os.close(fd)
     raise MediaError(f"{_name(path)}: " + ("is empty" if ordinary else "is not an ordinary file"))
 
-# %% ../nbs/23_media.ipynb #2f53c839
+# %% ../nbs/23_media.ipynb #f060c984
 def _run_child(path, ask: dict, out, limits: MediaLimits) -> dict:
     "The child's reply; its refusal, crash or silence as a MediaError."
     fd = _open_media(path)
     ask = {"containers": CONTAINERS, "memory": limits.memory, "limits": asdict(limits), **ask}
     env = {**os.environ, **{f"{x}_NUM_THREADS": "1" for x in ("OMP", "OPENBLAS", "MKL")}}
-    command = [sys.executable, "-P", "-c", _child_program(), json.dumps(ask)]
-    try: done = subprocess.run(command, stdin=fd, stdout=out, stderr=subprocess.PIPE, env=env,
-                               timeout=ask["seconds"] + GRACE)
-    except subprocess.TimeoutExpired:
-        raise MediaError(f"{_name(path)}: took longer than {ask['seconds']:.0f} s to decode") from None
+    program = _child_program(tuple(_CHILD_PARTS.values()))
+    try:
+        done = subprocess.run([sys.executable, "-P", "-c", program, json.dumps(ask)], stdin=fd, stdout=out,
+                              stderr=subprocess.PIPE, env=env, timeout=ask["seconds"] + GRACE)
+        slow = done.returncode == -getattr(signal, "SIGXCPU", 0)
+    except subprocess.TimeoutExpired: slow = True
     finally: os.close(fd)
+    if slow: raise MediaError(f"{_name(path)}: took longer than {math.ceil(ask['seconds'])} s to decode")
     try: reply = dict(json.loads(done.stderr.splitlines()[-1]))
     except (ValueError, TypeError, IndexError):
         reply = {"error": f"the decoder stopped (exit code {done.returncode})"}
-    if "error" in reply:
-        raise MediaError(f"{_name(path)}: {' '.join(str(reply['error']).split())[:300]}")
-    return reply
+    if "error" not in reply: return reply
+    raise MediaError(f"{_name(path)}: {' '.join(str(reply['error']).split())[:300]}")
 
 
 def _media_info(reply: dict) -> MediaInfo:
@@ -563,7 +460,7 @@ def _media_info(reply: dict) -> MediaInfo:
     return MediaInfo(**{**info, "video": info["video"] and VideoStream(**info["video"]),
                         "audio": info["audio"] and AudioStream(**info["audio"])})
 
-# %% ../nbs/23_media.ipynb #d27f2a60
+# %% ../nbs/23_media.ipynb #577502f6
 def probe(
     path: str|Path,                  # a local file
     *,
@@ -574,7 +471,7 @@ def probe(
     ask = {"job": "probe", "seconds": limits.seconds, "max_bytes": 0}
     with tempfile.TemporaryFile() as out: return _media_info(_run_child(path, ask, out, limits))
 
-# %% ../nbs/23_media.ipynb #51faa348
+# %% ../nbs/23_media.ipynb #bae612a9
 def _resample(mono: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
     if rate == sample_rate or not len(mono): return mono
     import soxr
@@ -588,7 +485,7 @@ def _place(mono: np.ndarray, sound: dict, rate: int, *, start: float, sample_rat
     x = _resample(mono, rate, sample_rate)[offset:offset + keep]
     return np.pad(x, (0, n - len(x))).astype(np.float32)
 
-
+# %% ../nbs/23_media.ipynb #124f0408
 def _decode(path, *, spec: ClipSpec, start: float, n_frames: int|None, limits: MediaLimits) -> Clip:
     "Frames `start` + k / fps for k below `n_frames` (None: to the end of the file), and their sound."
     span = limits.max_read if n_frames is None else n_frames / spec.fps
@@ -622,7 +519,7 @@ def _to_clip(out, info: MediaInfo, parts, *, spec: ClipSpec, start: float, found
     return Clip(picture if video else None, None if wave is None else torch.from_numpy(wave), start, found,
                 video["rotation"] if video else 0, info)
 
-# %% ../nbs/23_media.ipynb #758cc3e8
+# %% ../nbs/23_media.ipynb #d660523f
 def read_clip(
     path: str|Path,                  # a local file: any container, codec, rate, rotation, channel layout
     *,
@@ -645,7 +542,7 @@ def read_media(
     "The whole file as one long clip, as long as its video (else its sound)."
     return _decode(path, spec=spec, start=0., n_frames=None, limits=limits or MediaLimits())
 
-# %% ../nbs/23_media.ipynb #7055c04b
+# %% ../nbs/23_media.ipynb #c8e3ad77
 def _publish(part: Path, path: Path, overwrite: bool) -> None:
     "Gives a complete file its name; without `overwrite` nothing can be replaced, not even in a race."
     if overwrite: return os.replace(part, path)
@@ -671,7 +568,7 @@ def _new_file(path, overwrite: bool) -> Iterator:  # yields an open binary file
     except OSError as e: raise MediaError(f"{_name(path)}: cannot be written ({e.strerror or e})") from None
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/23_media.ipynb #ab9c063c
+# %% ../nbs/23_media.ipynb #88dabef0
 def write_clip(
     path: str|Path,            # of the new mp4 file
     video: Tensor,             # uint8 (f, h, w, 3)
@@ -702,15 +599,131 @@ def write_wav(
         f.write(struct.pack("<4sI4s", b"RIFF", 4 + len(head) + len(data), b"WAVE") + head + data)
     return Path(path)
 
-# %% ../nbs/23_media.ipynb #e1177393
-def _mux_once(video_path, ask: dict, f, *, copy: bool, limits: MediaLimits) -> dict|None:
-    "The child's reply, or None if what it wrote does not hold what it should."
+# %% ../nbs/23_media.ipynb #33ee90bc
+@_child
+def _child_packets(box, stream, zero: float) -> dict:
+    "Reads a video stream without decoding it: may its packets go into an mp4 as they are?"
+    fits, end, n, codec = True, 0., 0, stream.codec_context
+    for packet in box.demux(stream):
+        if not packet.size: continue
+        fits &= None not in (packet.pts, packet.dts) and not packet.is_discard and not packet.is_corrupt
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base) - zero)
+        n += 1
+    known = codec.name in ("h264", "vp9") and codec.pix_fmt in ("yuv420p", "yuvj420p")
+    return {"fits": bool(fits and n and known), "end": end, "n": n}
+
+
+@_child
+def _child_sink():
+    rules = {"movflags": "+faststart", "fflags": "+bitexact"}
+    return av.open(_child_view(1), "w", format="mp4", options=rules, io_open=lambda *_: _child_view(1))
+
+
+@_child
+def _child_encode(sink, stream, ask: dict, end: float) -> None:
+    "The new sound as AAC, cut or padded with silence to end with the picture."
+    n, rate = round(end * ask["rate"]), ask["rate"]
+    wave = np.pad(ask["wave"][:n], (0, max(0, n - len(ask["wave"])))).clip(-1, 1)
+    frame = av.AudioFrame.from_ndarray(wave[None], "fltp", "mono")
+    frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+    sink.mux(stream.encode(frame))
+    sink.mux(stream.encode(None))
+
+# %% ../nbs/23_media.ipynb #63e8de36
+@_child
+def _child_copy(box, stream, ask: dict, zero: float, end: float) -> None:
+    "The video's own packets, untouched, under the new sound."
+    with _child_sink() as sink:
+        target = sink.add_stream_from_template(stream)
+        sound = sink.add_stream("aac", rate=ask["rate"], layout="mono", bit_rate=96_000)
+        shift = round(zero / stream.time_base)
+        for packet in box.demux(stream):
+            if not packet.size: continue
+            packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, target
+            sink.mux(packet)
+        _child_encode(sink, sound, ask, end)
+
+
+@_child
+def _child_h264(sink, frame, stream):
+    "An H.264 stream for pictures like `frame`: even sides, the same rotation and pixel shape."
+    target = sink.add_stream("libx264", rate=30, options={"crf": "20", "preset": "veryfast", "bf": "0"})
+    target.width, target.height = (max(2, n // 2 * 2) for n in (frame.width, frame.height))
+    target.pix_fmt, target.codec_context.time_base = "yuv420p", Fraction(1, 90_000)
+    target.codec_context.thread_count = 1
+    if stream.codec_context.sample_aspect_ratio:
+        target.codec_context.sample_aspect_ratio = stream.codec_context.sample_aspect_ratio
+    if frame.rotation: target.set_display_rotation(frame.rotation)
+    return target
+
+# %% ../nbs/23_media.ipynb #5520ce63
+@_child
+def _child_put(sink, packets: list, ticks: list, done: int) -> int:
+    "Writes the packets whose duration, up to the next frame, is known: a variable rate stays one."
+    while packets and done + 1 < len(ticks):
+        packet = packets.pop(0)
+        packet.duration, done = ticks[done + 1] - ticks[done], done + 1
+        sink.mux(packet)
+    return done
+
+
+@_child
+def _child_recode(box, stream, ask: dict, zero: float) -> dict:
+    "The video as H.264, frame for frame at the same times, under the new sound."
+    seen, ticks, done, target = {"n": 0, "end": 0., "whole": False}, [], 0, None
+    with _child_sink() as sink:
+        for frame, time in _child_in_order(_child_frames(box, stream, zero, seen)):
+            _child_check_size(frame, ask["limits"])
+            if target is None:
+                target = _child_h264(sink, frame, stream)
+                sound = sink.add_stream("aac", rate=ask["rate"], layout="mono", bit_rate=96_000)
+                packets = []
+            ticks.append(max(round(time * 90_000), ticks[-1] + 1 if ticks else 0))
+            picture = frame.reformat(target.width, target.height, "yuv420p")
+            picture.pts, picture.time_base, picture.pict_type = ticks[-1], Fraction(1, 90_000), 0
+            packets += target.encode(picture)
+            done = _child_put(sink, packets, ticks, done)
+        if target is None: raise ValueError("holds no frame that could be decoded")
+        packets += target.encode(None)
+        _child_put(sink, packets, [*ticks, max(round(seen["end"] * 90_000), ticks[-1] + 1)], done)
+        _child_encode(sink, sound, ask, seen["end"])
+    return {"n": seen["n"], "end": seen["end"]}
+
+# %% ../nbs/23_media.ipynb #76a45a1e
+@_child
+def _child_scan(ask: dict, out=None) -> dict:
+    "A file with video, gone through packet by packet: how many, until when, fit to be copied?"
+    with _child_open(ask) as box:
+        info = _child_info(box)
+        _child_check(box, info, ask["limits"])
+        video = _child_streams(box)[0]
+        if video is None: raise ValueError("has no video stream to put a sound under")
+        found = _child_packets(box, video, info["start"])
+    if found["end"] > ask["limits"]["max_duration"]: raise ValueError("is longer than is allowed")
+    return {"info": info, **found}
+
+
+@_child
+def _child_mux(ask: dict, out) -> dict:
+    "The first video stream with a new sound, as mp4."
+    scan = _child_scan(ask)
+    zero, copied = scan["info"]["start"], scan["fits"] and ask["copy"]
+    with _child_open(ask) as box:
+        video = _child_streams(box)[0]
+        if copied: _child_copy(box, video, ask, zero, scan["end"])
+        else: scan |= _child_recode(box, video, ask, zero)
+    return {**scan, "copied": copied}
+
+# %% ../nbs/23_media.ipynb #766660a2
+def _mux_once(video_path, ask: dict, f, *, copy: bool, limits: MediaLimits) -> bool:
+    "Has the child written all frames, up to the same moment, and a sound that ends with them?"
     f.truncate(0)
-    reply = _run_child(video_path, {"job": "mux", "copy": copy, **ask}, f, limits)
-    made = probe(f.name, limits=limits)
-    ends = [s.start + (s.duration or 0) for s in (made.video, made.audio) if s]
-    whole = len(ends) == 2 and made.video.n_frames == reply["n"] and max(abs(e - reply["end"]) for e in ends) < 0.03
-    return reply if whole else None
+    reply = _run_child(video_path, {**ask, "job": "mux", "copy": copy}, f, limits)
+    with tempfile.TemporaryFile() as out: made = _run_child(f.name, {**ask, "job": "scan"}, out, limits)
+    sound = made["info"]["audio"]
+    ends = (made["end"], (sound["duration"] or 0) + sound["start"]) if sound else (0,)
+    return made["n"] == reply["n"] and max(abs(end - reply["end"]) for end in ends) < 0.03
 
 
 def mux_audio(
@@ -736,7 +749,7 @@ def mux_audio(
         else: raise MediaError(f"{_name(video_path)}: its video could not be carried over whole")
     return Path(out_path)
 
-# %% ../nbs/23_media.ipynb #cc0ded38
+# %% ../nbs/23_media.ipynb #66af9ce7
 def windows(
     n_frames: int,        # of the long video, at least 1
     spec: ClipSpec,       # its `n_frames` is a window's length
@@ -760,7 +773,7 @@ def frame_window(
     check_range("start", start, 0, len(video) - 1)
     return video[torch.arange(start, start + n_frames).clamp(max=len(video) - 1)]
 
-# %% ../nbs/23_media.ipynb #eacac6d6
+# %% ../nbs/23_media.ipynb #57120ac1
 def linear_fade(
     n: int,       # samples of an overlap
 ) -> Tensor:      # (n,) rising, in (0, 1)

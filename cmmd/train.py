@@ -2,11 +2,11 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'FREE', 'epoch_order', 'clip_index', 'draw_times', 'draw_noise', 'paper_rate', 'cosine_rate',
-           'constant_rate', 'TrainConfig', 'check_train_config', 'TrainBatch', 'joint_loss_fn', 'StepData',
-           'make_batch', 'make_accelerator', 'num_noise_levels', 'ModelView', 'Trainer', 'step_gradients', 'train_step',
-           'TrainError', 'run_config', 'save_run', 'load_run', 'RunLog', 'read_metrics', 'interval_metrics',
-           'stop_signals', 'is_out_of_memory', 'out_of_memory', 'TrainResult', 'training_record', 'export_model',
-           'run_loop', 'any_process', 'prepare_folder', 'train', 'validation_loss']
+           'constant_rate', 'TrainConfig', 'check_train_config', 'TrainBatch', 'joint_loss_fn', 'Clips', 'StepData',
+           'make_batch', 'make_accelerator', 'num_noise_levels', 'ModelView', 'Trainer', 'release_model',
+           'step_gradients', 'train_step', 'TrainError', 'run_config', 'save_run', 'load_run', 'RunLog', 'read_metrics',
+           'interval_metrics', 'stop_signals', 'is_out_of_memory', 'out_of_memory', 'TrainResult', 'training_record',
+           'export_model', 'run_loop', 'any_process', 'prepare_folder', 'train', 'validation_loss']
 
 # %% ../nbs/44_train.ipynb #621a41e8
 import copy
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -221,11 +221,19 @@ def joint_loss_fn(
                       video_noise=batch.video_noise, audio_noise=batch.audio_noise)
 
 # %% ../nbs/44_train.ipynb #cdda3a71
+class Clips(Protocol):
+    "What training needs of a data set: paired clips with names."
+    ids: tuple        # a name per clip that never changes
+    fingerprint: str  # of the content; a run is only resumed with the same
+    def __len__(self) -> int: ...
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]: ...  # (b, f, c, h, w), (b, c, t)
+
+# %% ../nbs/44_train.ipynb #9c49b458
 class StepData(Dataset):
     "Item `step` holds this process's micro-batches of that step, whoever asks and whenever."
     def __init__(
         self,
-        dataset,               # len, .batch(indices) -> (video, audio), .ids
+        dataset: Clips,        # paired clips with names
         config: TrainConfig,   # seed, batch size, accumulation
         *,
         num_train_steps: int,  # noise levels
@@ -254,9 +262,9 @@ class StepData(Dataset):
         return iter(DataLoader(self, batch_size=None, sampler=range(start, stop),
                                num_workers=self.config.num_workers, generator=torch.Generator()))
 
-# %% ../nbs/44_train.ipynb #9c49b458
+# %% ../nbs/44_train.ipynb #ae72f864
 def make_batch(
-    dataset,     # len, .batch(indices) -> (video, audio), .ids
+    dataset: Clips,  # paired clips with names
     t: Tensor,   # (b,) noise levels
     *,
     step: int,   # steps done
@@ -272,7 +280,7 @@ def make_batch(
     ids = tuple(dataset.ids[i] for i in index)
     return TrainBatch(video, audio, t, *noises, step, positions, index, ids, seed, dataset)
 
-# %% ../nbs/44_train.ipynb #2ac7e9b9
+# %% ../nbs/44_train.ipynb #19e1842a
 def make_accelerator(
     device: str="auto",           # as in `pick_device`
     mixed_precision: str="auto",  # "no", "bf16"; "auto" is bf16 on CUDA
@@ -300,20 +308,20 @@ class ModelView:
     def __call__(self, *args, **kwargs): return self.wrapped(*args, **kwargs)
     def __getattr__(self, name): return getattr(self.model, name)
 
-# %% ../nbs/44_train.ipynb #19e1842a
+# %% ../nbs/44_train.ipynb #9d04d429
 class Trainer:
     "Model, Adam, averaged weights and step counter: all the state that a run has."
     def __init__(
         self,
         model: nn.Module,                 # trained in place
-        dataset,                          # as in `StepData`
+        dataset: Clips,                   # paired clips with names
         *,
         config: TrainConfig,              # every choice
         loss_fn: Callable=joint_loss_fn,  # (model, batch) -> .total, .video, .audio
         device: str="auto",               # as in `pick_device`
     ):
         self.config, self.loss_fn, self.model = config, loss_fn, model.train()
-        self.ema_model = copy.deepcopy(model)
+        self.ema_model, self.own = copy.deepcopy(model), set(vars(model))
         self.accelerator = make_accelerator(device, config.mixed_precision)
         self.wrapped = self.accelerator.prepare(model)
         self.view = ModelView(self.wrapped, model)
@@ -327,9 +335,17 @@ class Trainer:
         self.fingerprint = str(getattr(dataset, "fingerprint", ""))
         self.step, self.bad_in_row, self.skipped, self.sums = config.start_step, 0, 0, {}
 
-# %% ../nbs/44_train.ipynb #cfc0dcb9
+# %% ../nbs/44_train.ipynb #d5d5f53b
+def release_model(
+    trainer: Trainer,  # all the state of the run
+) -> None:
+    "Take accelerate's replaced forward off the caller's model."
+    for name in set(vars(trainer.model)) - trainer.own:
+        if name in ("forward", "_original_forward"): delattr(trainer.model, name)
+
+# %% ../nbs/44_train.ipynb #2477d5ec
 def step_gradients(
-    trainer: Trainer,
+    trainer: Trainer,  # all the state of the run
     batches: list[TrainBatch],  # this process's pieces of the batch
 ) -> list[float]:               # total, video and audio loss, norm of the gradient before clipping
     "Leave a step's clipped gradient in the weights' .grad, averaged over pieces and processes."
@@ -345,9 +361,9 @@ def step_gradients(
     norm = nn.utils.clip_grad_norm_(trainer.params, trainer.config.max_grad_norm)
     return torch.cat([losses, norm.float().reshape(1).to(losses.device)]).tolist()
 
-# %% ../nbs/44_train.ipynb #7cb1ed00
+# %% ../nbs/44_train.ipynb #79b8c9f4
 def train_step(
-    trainer: Trainer,
+    trainer: Trainer,  # all the state of the run
     batches: list[TrainBatch],  # this process's pieces of the batch
 ) -> bool:                      # whether the step counted
     "One optimiser step; a loss or gradient that is not finite changes no weight."
@@ -374,9 +390,9 @@ def train_step(
 class TrainError(RuntimeError):
     "Training cannot go on: one line with the step and the reason."
 
-# %% ../nbs/44_train.ipynb #b7f81aa3
+# %% ../nbs/44_train.ipynb #14dbd4be
 def run_config(
-    trainer: Trainer,
+    trainer: Trainer,  # all the state of the run
 ) -> dict:  # train, loss, model, data: JSON values
     "All that must be equal for a run to go on where it stopped."
     def plain(value): return asdict(value) if is_dataclass(value) else str(value)
@@ -390,7 +406,7 @@ def run_config(
 
 
 def save_run(
-    trainer: Trainer,
+    trainer: Trainer,  # all the state of the run
     out_dir: str|Path,  # the run's folder
 ) -> Path:              # the checkpoint
     "A checkpoint of everything that a run needs to go on bit for bit."
@@ -403,12 +419,12 @@ def save_run(
     return save_checkpoint(out_dir, trainer.step, tensors=tensors, state=state,
                            config=run_config(trainer), keep=trainer.config.keep)
 
-# %% ../nbs/44_train.ipynb #54f0d313
+# %% ../nbs/44_train.ipynb #3acb8441
 FREE = ("train.save_every", "train.log_every", "train.keep", "train.num_workers", "train.progress")
 
 
 def load_run(
-    trainer: Trainer,
+    trainer: Trainer,  # all the state of the run
     source: str|Path,   # a run's folder, or one checkpoint in it
     *,
     exact: bool=False,  # source is the checkpoint itself: damage is an error, not a fall-back
@@ -425,12 +441,12 @@ def load_run(
         raise CheckpointError(f"{saved.path} is of another run: {'; '.join(differences)}")
     load_optimizer(trainer.optimizer, saved.tensors["optimizer"], state=saved.state["optimizer"])
     trainer.model.load_state_dict(saved.tensors["model"])
-    for shadow, name in zip(trainer.ema.shadow_params, names): shadow.copy_(saved.tensors["ema"][name])
+    for p, name in zip(trainer.ema.shadow_params, names): p.copy_(saved.tensors["ema"][name])
     trainer.step, trainer.ema.optimization_step = saved.step, saved.state["ema_updates"]
     for name in ("sums", "bad_in_row", "skipped"): setattr(trainer, name, saved.state[name])
     return True
 
-# %% ../nbs/44_train.ipynb #b1f92d71
+# %% ../nbs/44_train.ipynb #2e177d8c
 class RunLog:
     "Metrics of a run: a list, a file of JSON lines, and TensorBoard where it is installed."
     def __init__(
@@ -463,7 +479,7 @@ class RunLog:
         for file in (self.file, self.board):
             if file: file.close()
 
-# %% ../nbs/44_train.ipynb #de62b307
+# %% ../nbs/44_train.ipynb #1d84eefb
 def read_metrics(
     path: str|Path,  # a file of JSON lines, or none
 ) -> list[dict]:     # the lines that are whole and have a step
@@ -476,7 +492,7 @@ def read_metrics(
 
 
 def interval_metrics(
-    trainer: Trainer,
+    trainer: Trainer,  # all the state of the run
     seconds: float,   # since the last line
 ) -> dict|None:       # numbers by name; None where every step since was skipped
     "Means since the last line of metrics, which then start anew."
@@ -487,7 +503,7 @@ def interval_metrics(
             "learning_rate": trainer.config.rate(trainer.step - 1), "skipped": trainer.skipped,
             "clips_per_s": trainer.config.batch_size * n / max(seconds, 1e-9)}
 
-# %% ../nbs/44_train.ipynb #f7fc58cd
+# %% ../nbs/44_train.ipynb #1f2539d2
 @contextmanager
 def stop_signals() -> Iterator[list[str]]:  # empty until SIGINT or SIGTERM has come
     "Turn the first Ctrl-C or SIGTERM into a request; the second one interrupts at once."
@@ -513,7 +529,7 @@ def is_out_of_memory(
 
 
 def out_of_memory(
-    trainer: Trainer,
+    trainer: Trainer,  # all the state of the run
     message: str,  # the library's first line
 ) -> TrainError:   # to raise
     "Free what can be freed and say in one sentence what helps."
@@ -524,7 +540,7 @@ def out_of_memory(
                       f"{trainer.config.batch_size} ({message}); lower batch_size, raise "
                       "gradient_accumulation, or take a smaller model; checkpoints are intact")
 
-# %% ../nbs/44_train.ipynb #149e5757
+# %% ../nbs/44_train.ipynb #97a1f979
 @dataclass
 class TrainResult:
     "What a run leaves behind."
@@ -536,9 +552,9 @@ class TrainResult:
     skipped: int          # steps that changed nothing because a value was not finite
     stopped: str|None     # "SIGINT" or "SIGTERM" when a signal ended it early
 
-
+# %% ../nbs/44_train.ipynb #d522e034
 def training_record(
-    trainer: Trainer,
+    trainer: Trainer,  # all the state of the run
     seconds: float,  # of the last call
 ) -> dict:           # JSON values
     "How a model came about: command, seed, data, versions, machine, time."
@@ -558,7 +574,7 @@ def training_record(
 
 
 def export_model(
-    trainer: Trainer,
+    trainer: Trainer,  # all the state of the run
     folder: Path,    # e.g. runs/mine/model; replaced as a whole
     seconds: float,  # of the last call
 ) -> None:
@@ -567,10 +583,10 @@ def export_model(
         if hasattr(trainer.ema_model, "save_pretrained"): trainer.ema_model.save_pretrained(tmp)
         write_file(tmp / "training.json", to_json(training_record(trainer, seconds)))
 
-# %% ../nbs/44_train.ipynb #848d2809
+# %% ../nbs/44_train.ipynb #c5a40605
 def run_loop(
-    trainer: Trainer,
-    log: RunLog,
+    trainer: Trainer,  # all the state of the run
+    log: RunLog,       # where metrics go
     *,
     out_dir: Path|None,     # for checkpoints; None saves nothing
     on_log: Callable|None,  # called with each line of metrics
@@ -599,7 +615,7 @@ def run_loop(
 
 
 def any_process(
-    trainer: Trainer,
+    trainer: Trainer,  # all the state of the run
     flag: bool,  # this process's
 ) -> bool:
     "Whether any process has raised its flag."
@@ -607,9 +623,9 @@ def any_process(
     told = torch.tensor(float(flag), device=trainer.accelerator.device)
     return bool(trainer.accelerator.reduce(told) > 0)
 
-# %% ../nbs/44_train.ipynb #edcc2887
+# %% ../nbs/44_train.ipynb #a29f188b
 def prepare_folder(
-    trainer: Trainer,
+    trainer: Trainer,  # all the state of the run
     out_dir: Path,          # the run's folder
     *,
     resume: bool|str|Path,  # as in `train`
@@ -623,26 +639,28 @@ def prepare_folder(
     elif not load_run(trainer, out_dir):
         print(f"no checkpoint in {out_dir} yet: starting at step {trainer.step}", file=sys.stderr)
 
-# %% ../nbs/44_train.ipynb #739098c0
+# %% ../nbs/44_train.ipynb #f649bcf9
 def train(
     model: nn.Module,        # (video, audio, t) -> two velocities; trained in place
-    dataset,                 # len, .batch(indices) -> (video, audio), .ids, .fingerprint
+    dataset: Clips,          # paired clips with names, e.g. a `ClipDataset`
     *,
     config: TrainConfig|None=None,    # default: `TrainConfig.tiny()`
-    out_dir: str|Path|None=None,      # for checkpoints, metrics, the final model; None writes nothing
+    out_dir: str|Path|None=None,      # for checkpoints, metrics, the model; None writes nothing
     loss_fn: Callable=joint_loss_fn,  # (model, batch) -> .total (), .video (b,), .audio (b,)
     on_log: Callable|None=None,       # called with each line of metrics
-    resume: bool|str|Path=False,      # True: out_dir's newest good checkpoint; or a checkpoint's path
+    resume: bool|str|Path=False,      # True: the newest good checkpoint; or the path of one
     device: str="auto",               # as in `pick_device`
 ) -> TrainResult:
     "Train a joint model; with `out_dir` it can be killed at any moment and resumed bit for bit."
     if resume and out_dir is None: raise ValueError("resume needs an out_dir, got None")
     began, message, stopped = time.perf_counter(), None, None
-    trainer = Trainer(model, dataset, config=config or TrainConfig.tiny(), loss_fn=loss_fn, device=device)
+    config = config or TrainConfig.tiny()
+    trainer = Trainer(model, dataset, config=config, loss_fn=loss_fn, device=device)
     accelerator, out_dir = trainer.accelerator, None if out_dir is None else Path(out_dir)
     with ExitStack() as stack:
         if out_dir and accelerator.is_main_process: stack.enter_context(RunLock(out_dir))
         if out_dir: prepare_folder(trainer, out_dir, resume=resume)
+        stack.callback(release_model, trainer)
         log = RunLog(out_dir if accelerator.is_main_process else None, trainer.step)
         stack.callback(log.close)
         try: stopped = run_loop(trainer, log, out_dir=out_dir, on_log=on_log)
@@ -651,18 +669,17 @@ def train(
             message = str(e).strip().split("\n")[0] or "memory is full"
         if message is not None: raise out_of_memory(trainer, message)
         seconds = time.perf_counter() - began
-        accelerator.unwrap_model(trainer.wrapped, keep_fp32_wrapper=False)
         trainer.ema.copy_to(trainer.ema_model.eval().parameters())
         if out_dir and accelerator.is_main_process and stopped is None:
             export_model(trainer, out_dir / "model", seconds)
     return TrainResult(model, trainer.ema_model.to(accelerator.device), log.history,
                        trainer.step, seconds, trainer.skipped, stopped)
 
-# %% ../nbs/44_train.ipynb #136489a8
+# %% ../nbs/44_train.ipynb #19f598b0
 @torch.no_grad()
 def validation_loss(
     model: nn.Module,     # predicts both velocities
-    dataset,              # clips to judge by
+    dataset: Clips,       # clips to judge by
     *,
     loss_fn: Callable=joint_loss_fn,  # (model, batch) -> .video, .audio
     n_batches: int=4,     # batches to average over

@@ -239,7 +239,6 @@ def curves(
 def label_events(
     true,                    # (k,) s
     generated,               # (m,) s
-    *,
     tolerance: float=0.1,    # s, how far a hit may lie from its true event (CMMD sec. 3.2: 0.1)
 ) -> dict[str, np.ndarray]:  # "hit" and "false": generated times, "missed": true times; ascending, s
     "Events sorted into hit, false and missed by the largest one-to-one matching within the tolerance."

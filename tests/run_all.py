@@ -79,7 +79,8 @@ def check_pytest(arguments: list[str]) -> None:
     CACHE.mkdir(exist_ok=True)
     results = CACHE / "pytest.xml"
     results.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "--durations=5", f"--junitxml={results}"]
+    command = [sys.executable, "-m", "pytest", "-q", "--durations=5",
+               "--continue-on-collection-errors", f"--junitxml={results}"]
     env = {**os.environ, **ENVIRONMENT}
     code = subprocess.run(command + arguments, cwd=ROOT, env=env).returncode
     suites = list(ElementTree.parse(results).iter("testsuite")) if results.exists() else []

@@ -272,7 +272,7 @@ def fuzz(tmp_path, n: int) -> int:
                 declared = clip.info.video.start - clip.info.start + (clip.info.video.duration or clip.duration)
                 assert abs(clip.duration - declared) < 0.2
             for x in (clip.video, clip.waveform): assert x is None or torch.isfinite(x.float()).all()
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 20                        # 10 s of its own time, on a busy machine
         path.unlink()
     return read
 
@@ -317,12 +317,14 @@ def test_bombs_are_refused_from_the_header(tmp_path, text, name, options):
 
 
 @pytest.mark.parametrize("program,text", [
-    ("import time; time.sleep(60)", "longer than"), ("import os; os.abort()", "stopped"), ("pass", "stopped"),
+    ("import time; time.sleep(60)", "longer than"),
+    ("import resource; resource.setrlimit(resource.RLIMIT_CPU, (1, 2))\nwhile True: pass", "longer than"),
+    ("import os; os.abort()", "stopped"), ("pass", "stopped"),
     ("import sys; sys.stderr.write('[1, 2]')", "stopped"), ("import sys; sys.stderr.write('{\"error\": \"a\\nb\"}')", "a")])
 def test_whatever_happens_to_the_child(tmp_path, monkeypatch, program, text):
     path = make(tmp_path / "a.mp4", 2)
-    monkeypatch.setattr(media, "_child_program", lambda: program)
-    monkeypatch.setattr(media, "GRACE", 0.2)
+    monkeypatch.setattr(media, "_child_program", lambda parts: program)
+    if "sleep" in program: monkeypatch.setattr(media, "GRACE", 0.2)
     with pytest.raises(MediaError, match=text) as error: probe(path, limits=MediaLimits(seconds=0.2))
     assert path.name in one_line(error)
 
@@ -332,8 +334,8 @@ def test_memory_is_limited(tmp_path):
 
 
 def test_the_child_imports_neither_torch_nor_matplotlib():
-    program = media._child_program().rsplit("\n", 1)[0] + "\nimport sys; print([m for m in ('torch', 'matplotlib', " \
-              "'cmmd') if m in sys.modules])"
+    program = media._child_program(tuple(media._CHILD_PARTS.values())).rsplit("\n", 1)[0]
+    program += "\nprint([m for m in ('torch', 'matplotlib', 'cmmd') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
