@@ -1,5 +1,5 @@
 # Two commands do everything: `make demo` and `make test`. Both build .venv first, once.
-# PYTHON=python3.12 chooses the interpreter; PIP_ARGS="..." reaches pip.
+# PYTHON=python3.12 chooses the interpreter; PIP_ARGS and LAB_ARGS reach pip and JupyterLab.
 .DEFAULT_GOAL := help
 .PHONY: help demo test lab notebooks bench clean env env-dev
 
@@ -30,7 +30,7 @@ test: $(VENV)/.installed-dev  ## export check, ruff, every notebook, pytest
 
 lab: $(VENV)/.installed-dev  ## JupyterLab on the notebooks; saving cleans them
 	@$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/00_core.ipynb \
-	  --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter
+	  --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter $(LAB_ARGS)
 
 notebooks: $(VENV)/.installed-dev  ## run all notebooks in place, keep their outputs, export the modules
 	@$(BIN)/python tests/run_notebooks.py $(NB)

@@ -5,6 +5,7 @@
 About 2 minutes of one CPU core for each run (3 scales x 3 seeds); the file is written after every run, and runs
 that are in it already are not repeated. nbs/45_balance.ipynb reads it.
 """
+
 import argparse
 import datetime
 import json
@@ -38,28 +39,45 @@ def measure(model, test, clips, vae, seed: int) -> dict:
     spec, out = model.config.clip, {}
     gaps = [loss_gap(model, test.video, audio=test.audio, t=t) for t in TIMES]
     out["gap"] = {side: [round(g[side], 4) for g in gaps] for side in ("audio", "video")}
-    heard = generate(model, video=test.video, num_sample_steps=25, generator=make_generator(seed, "v2a")).audio
+    heard = generate(
+        model, video=test.video, num_sample_steps=25, generator=make_generator(seed, "v2a")
+    ).audio
     onsets = [detect_onsets(denormalise_mel(a, test.mel_mean, test.mel_std), spec) for a in heard]
-    seen = generate(model, audio=test.audio, num_sample_steps=25, generator=make_generator(seed, "a2v")).video
+    seen = generate(
+        model, audio=test.audio, num_sample_steps=25, generator=make_generator(seed, "a2v")
+    ).video
     impacts = [detect_impacts(v, spec) for v in decode_video(vae, seen)]
     return out | {"v2a": f1_scores(clips.events, onsets), "a2v": f1_scores(clips.events, impacts)}
 
 
 def one_run(scale: float, seed: int, steps: int, train_data, test, clips, vae) -> dict:
     torch.manual_seed(seed)
-    model = CMMDUNet(UNetConfig.tiny(audio_snr_scale=scale, mel_mean=train_data.mel_mean, mel_std=train_data.mel_std,
-                                     vae="tiny"))
+    model = CMMDUNet(
+        UNetConfig.tiny(
+            audio_snr_scale=scale,
+            mel_mean=train_data.mel_mean,
+            mel_std=train_data.mel_std,
+            vae="tiny",
+        )
+    )
     began = time.process_time()
     result = train(model, train_data, config=TrainConfig.tiny(steps=steps, seed=seed))
-    return {"scale": scale, "seed": seed, "steps": steps, "cpu_s": round(time.process_time() - began, 1),
-            **measure(result.ema_model, test, clips, vae, seed)}
+    return {
+        "scale": scale,
+        "seed": seed,
+        "steps": steps,
+        "cpu_s": round(time.process_time() - began, 1),
+        **measure(result.ema_model, test, clips, vae, seed),
+    }
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--steps", type=int, default=400)
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--scales", type=float, nargs="+", default=[1., 1 / 10, 1 / 64])
+    p.add_argument("--scales", type=float, nargs="+", default=[1.0, 1 / 10, 1 / 64])
     p.add_argument("--out", type=Path, default=Path("benchmarks/labs/balance.json"))
     args = p.parse_args()
     torch.set_num_threads(1)
@@ -67,18 +85,33 @@ def main() -> None:
     data = toy_dataset(512, vae, spec=spec, seed=1)
     test = toy_dataset(32, vae, spec=spec, seed=2, mel=(data.mel_mean, data.mel_std))
     clips = make_clips(32, spec=spec, seed=2)
-    chance = {str(tol): chance_f1(clips.events, tolerance=tol, generator=make_generator(0)) for tol in (0.05, 0.1)}
-    about = {"date": str(datetime.date.today()), "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, one thread",
-             "torch": torch.__version__, "train_clips": 512, "test_clips": 32, "batch_size": 8, "times": TIMES,
-             "chance": chance}
+    chance = {
+        str(tol): chance_f1(clips.events, tolerance=tol, generator=make_generator(0))
+        for tol in (0.05, 0.1)
+    }
+    about = {
+        "date": str(datetime.date.today()),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, one thread",
+        "torch": torch.__version__,
+        "train_clips": 512,
+        "test_clips": 32,
+        "batch_size": 8,
+        "times": TIMES,
+        "chance": chance,
+    }
     runs = json.loads(args.out.read_text())["runs"] if args.out.is_file() else []
     for seed in args.seeds:
         for scale in args.scales:
-            if any(abs(r["scale"] - scale) < 1e-9 and r["seed"] == seed and r["steps"] == args.steps for r in runs): continue
+            if any(
+                abs(r["scale"] - scale) < 1e-9 and r["seed"] == seed and r["steps"] == args.steps
+                for r in runs
+            ):
+                continue
             runs.append(one_run(scale, seed, args.steps, data, test, clips, vae))
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps({"about": about, "runs": runs}, indent=1) + "\n")
             print(json.dumps({k: v for k, v in runs[-1].items() if k != "gap"}), flush=True)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

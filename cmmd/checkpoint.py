@@ -39,8 +39,8 @@ class CheckpointError(RuntimeError):
 
 
 def to_json(
-    value,    # dicts, lists, strings, numbers, booleans, None; no NaN, no infinity
-) -> bytes:   # sorted and indented, so equal values give equal bytes
+    value: object,  # dicts, lists, strings, numbers, booleans, None; no NaN, no infinity
+) -> bytes:        # sorted and indented, so equal values give equal bytes
     "JSON text in one canonical form; floats survive exactly."
     try: text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:

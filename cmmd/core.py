@@ -60,7 +60,7 @@ class ClipSpec:
     @property
     def n_mel_frames(self) -> int: "Columns of the mel."; return self.n_samples // self.hop_length
     @property
-    def latent_size(self) -> int: "Cells, height and width."; return self.frame_size // self.vae_factor
+    def latent_size(self) -> int: "Cells along a side."; return self.frame_size // self.vae_factor
     @property
     def mel_rate(self) -> float: "Mel columns per s."; return self.sample_rate / self.hop_length
     @property
@@ -68,7 +68,7 @@ class ClipSpec:
         "(f, c, h, w) of one latent clip."
         return self.n_frames, self.latent_channels, self.latent_size, self.latent_size
     @property
-    def audio_shape(self) -> tuple[int, ...]: "(c, t) of a mel."; return self.n_mels, self.n_mel_frames
+    def audio_shape(self) -> tuple[int, ...]: "(c, t) mel."; return self.n_mels, self.n_mel_frames
     @classmethod
     def toy(cls, **changes) -> "ClipSpec": "64 pixels."; return cls(**{"frame_size": 64, **changes})
     def with_frames(self, n_frames: int) -> "ClipSpec":

@@ -8,6 +8,7 @@ __all__ = ['HUB_NAMES', 'psnr', 'ball_box', 'load_vae', 'encode_video', 'decode_
 import json
 import math
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,10 @@ def _load_taesd(folder: Path) -> AutoencoderTiny:
 def _load_from_hub(name: str, allow_download: bool):
     kind = AutoencoderTiny if name == "taesd" else AutoencoderKL
     options = {"local_files_only": not allow_download, "use_safetensors": True}
-    try: return kind.from_pretrained(HUB_NAMES[name], **options)
+    try:
+        with warnings.catch_warnings():                         # of an option that diffusers passes on
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
+            return kind.from_pretrained(HUB_NAMES[name], **options)
     except OSError as error: raise _missing(name, HUB_NAMES[name]) from error
 
 # %% ../nbs/22_latents.ipynb #597bad7c
@@ -146,7 +150,7 @@ def decode_video(
     pixels = ((torch.cat(parts).float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
     return rearrange(pixels, "(b f) c h w -> b f h w c", b=len(latents))
 
-# %% ../nbs/22_latents.ipynb #eacf415c
+# %% ../nbs/22_latents.ipynb #1d02d134
 @dataclass(frozen=True)
 class VAETrainConfig:
     "How the shipped tiny VAE was trained."
@@ -161,7 +165,7 @@ class VAETrainConfig:
     seed: int = 0
     save_every: int = 1_000
 
-# %% ../nbs/22_latents.ipynb #1d02d134
+# %% ../nbs/22_latents.ipynb #ac02d7e9
 def tiny_vae(
     channels: tuple[int, ...]=(16, 32, 64, 64),  # per level
     latent_channels: int=4,                      # of the latent
@@ -172,7 +176,7 @@ def tiny_vae(
                          latent_channels=latent_channels, norm_num_groups=8, sample_size=64,
                          mid_block_add_attention=False, scaling_factor=1.)
 
-# %% ../nbs/22_latents.ipynb #99f0d619
+# %% ../nbs/22_latents.ipynb #73bc2bbe
 def toy_frames(
     pool: int,                 # which pool of the unlimited stream
     *,
@@ -190,7 +194,7 @@ def toy_frames(
     order = torch.randperm(len(frames), generator=make_generator(seed, "frames", pool))
     return frames[order], masks[order]
 
-# %% ../nbs/22_latents.ipynb #9d3551d0
+# %% ../nbs/22_latents.ipynb #65838df9
 def vae_loss(
     vae: AutoencoderKL,            # in training
     frames: Tensor,                # (n, 3, h, w) in [-1, 1]
@@ -204,7 +208,7 @@ def vae_loss(
     error = (vae.decode(posterior.sample(generator)).sample.float() - frames)**2
     return (weight * error).mean() / weight.mean() + kl_weight * posterior.kl().mean(), error.mean()
 
-# %% ../nbs/22_latents.ipynb #49bf5f2d
+# %% ../nbs/22_latents.ipynb #18b034f5
 def _batches(config: VAETrainConfig):
     step, pool = 0, 0
     while step < config.steps:
@@ -227,7 +231,7 @@ def _save_vae(vae: AutoencoderKL, ema, config: VAETrainConfig, out_dir: Path) ->
     averaged.save_pretrained(out_dir)
     return averaged
 
-# %% ../nbs/22_latents.ipynb #18b034f5
+# %% ../nbs/22_latents.ipynb #293269ec
 def _start_vae(config: VAETrainConfig, start, device: torch.device) -> AutoencoderKL:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -248,7 +252,7 @@ def _log_row(step: int, loss: Tensor, mse: Tensor, began: float) -> str:
     row = {"step": step, "loss": loss.item(), "mse": mse.item(), "s": round(time.time() - began, 1)}
     return json.dumps(row) + "\n"
 
-# %% ../nbs/22_latents.ipynb #293269ec
+# %% ../nbs/22_latents.ipynb #a799dcc1
 def train_vae(
     out_dir: str|Path,                        # receives config.json, the weights and log.jsonl
     config: VAETrainConfig=VAETrainConfig(),  # how

@@ -18,8 +18,8 @@ from .core import ClipSpec, check_finite, check_range, check_shape
 def _frame_pad(spec: ClipSpec) -> int:  # samples of reflection at each end
     extra = spec.win_length - spec.hop_length
     if extra < 0 or extra % 2:
-        raise ValueError(f"spec.win_length must be hop_length {spec.hop_length} plus an even number, "
-                         f"got {spec.win_length}")
+        raise ValueError(f"spec.win_length must be hop_length {spec.hop_length} plus "
+                         f"an even number, got {spec.win_length}")
     return extra // 2
 
 
@@ -53,7 +53,7 @@ def mel_filters(
 
 # %% ../nbs/20_mel.ipynb #c4299ab6
 def log_mel(
-    waveform: Tensor,  # (samples,) or (b, samples), floating, mono at spec.sample_rate, about [-1, 1]
+    waveform: Tensor,  # (samples,) or (b, samples), floating, at spec.sample_rate, about [-1, 1]
     spec: ClipSpec,    # the sizes and rates
 ) -> Tensor:           # (b?, n_mels, t) in decades, >= log10(mel_floor); t = samples // hop_length
     "Log-mel spectrogram: log10 of the mel bands of STFT magnitude, clamped (CMMD sec. 3)."
@@ -66,9 +66,11 @@ def mel_stats(
     mels: Tensor,          # log-mels of any shape, decades
 ) -> tuple[float, float]:  # mean and standard deviation over all values, decades
     "The two constants that bring log-mels to zero mean and unit spread."
-    if not isinstance(mels, Tensor): raise TypeError(f"mels must be a tensor, got {type(mels).__name__}")
+    if not isinstance(mels, Tensor):
+        raise TypeError(f"mels must be a tensor, got {type(mels).__name__}")
     if not mels.is_floating_point() or mels.numel() < 2:
-        raise ValueError(f"mels must hold at least 2 floating values, got {mels.numel()} {mels.dtype}")
+        got = f"{mels.numel()} {mels.dtype}"
+        raise ValueError(f"mels must hold at least 2 floating values, got {got}")
     std, mean = torch.std_mean(check_finite("mels", mels).double(), correction=0)
     return float(mean), check_range("the spread of mels", float(std), 1e-6)
 
@@ -109,14 +111,15 @@ def mel_to_magnitude(
 # %% ../nbs/20_mel.ipynb #5b59d93a
 def _framing(spec: ClipSpec, device) -> dict:  # arguments that torch.stft and torch.istft share
     window = torch.hann_window(spec.win_length, device=device)
-    return {"n_fft": spec.win_length, "hop_length": spec.hop_length, "window": window, "center": True}
+    sizes = {"n_fft": spec.win_length, "hop_length": spec.hop_length}
+    return {**sizes, "window": window, "center": True}
 
 
 def _repeat_ends(linear: Tensor) -> Tensor:  # (b, bins, t) -> (b, bins, t + 2)
     return torch.cat([linear[..., :1], linear, linear[..., -1:]], -1)
 
 
-def _trim(wave: Tensor, hop: int) -> Tensor:  # (b, hop (t + 1)) -> (b, hop t), back on our time axis
+def _trim(wave: Tensor, hop: int) -> Tensor:  # (b, hop (t + 1)) -> (b, hop t), our time axis
     first = hop - hop // 2
     return wave[..., first:wave.shape[-1] - hop // 2]
 
@@ -129,7 +132,7 @@ def griffin_lim(
     n_iter: int=32,              # rounds
     momentum: float=0.99,        # 0: Griffin & Lim's; up to 1: the fast version's
 ) -> Tensor:                     # (b?, hop_length * t) waveform, as long as t columns
-    "A waveform with about this log-mel: phases by Griffin-Lim (stands in for CMMD's MelGAN, app. B)."
+    "A waveform with about this log-mel: phases by Griffin-Lim (for CMMD's MelGAN, app. B)."
     if isinstance(n_iter, bool) or not isinstance(n_iter, int) or n_iter < 1:
         raise ValueError(f"n_iter must be a whole number of at least 1, got {n_iter!r}")
     if not isinstance(generator, torch.Generator):

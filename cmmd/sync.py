@@ -20,22 +20,24 @@ from .mel import log_mel
 
 # %% ../nbs/60_sync.ipynb #d0290457
 def check_events(
-    name: str,       # the argument's name, for the message
-    events,          # times in s of one clip's events
-) -> np.ndarray:     # float64 (n,), ascending
+    name: str,                           # the argument's name, for the message
+    events: Sequence[float]|np.ndarray,  # times in s of one clip's events
+) -> np.ndarray:                         # float64 (n,), ascending
     "The events as an array, or a ValueError if they are not finite ascending times."
     times = np.asarray(events, dtype=np.float64)
-    if times.ndim != 1: raise ValueError(f"{name} must be one list of times, got shape {times.shape}")
-    if not np.isfinite(times).all(): raise ValueError(f"{name} must be finite times in s, got {times}")
+    if times.ndim != 1:
+        raise ValueError(f"{name} must be one list of times, got shape {times.shape}")
+    if not np.isfinite(times).all():
+        raise ValueError(f"{name} must be finite times in s, got {times}")
     if (np.diff(times) < 0).any(): raise ValueError(f"{name} must be ascending, got {times}")
     return times
 
 
 def match_events(
-    true,              # (n,) times in s, ascending
-    generated,         # (m,) times in s, ascending
-    tolerance: float,  # s
-) -> list[tuple[int, int]]:  # pairs of indices (true, generated), each index at most once
+    true: Sequence[float]|np.ndarray,       # (n,) times in s, ascending
+    generated: Sequence[float]|np.ndarray,  # (m,) times in s, ascending
+    tolerance: float,                       # s
+) -> list[tuple[int, int]]:                 # pairs of indices (true, generated), each at most once
     "A largest one-to-one matching of events at most `tolerance` apart (mir_eval's)."
     true, generated = check_events("true", true), check_events("generated", generated)
     return mir_eval.util.match_events(true, generated, check_range("tolerance", tolerance, 0.))
@@ -65,7 +67,7 @@ def _check_lists(true_list, generated_list) -> tuple[list[np.ndarray], list[np.n
             [check_events(f"generated_list[{i}]", x) for i, x in enumerate(generated_list)])
 
 
-def _f1(n_hit, n_events):  # n_events: true plus generated; nothing to hear and nothing heard is right
+def _f1(n_hit, n_events):  # n_events: true plus generated; nothing heard of nothing is right
     return np.where(n_events > 0, 2 * n_hit / np.maximum(n_events, 1), 1.)
 
 # %% ../nbs/60_sync.ipynb #27e2bfb9
@@ -82,7 +84,8 @@ def event_scores(
                for i, j in match_events(t, g, tolerance)]
     def share(n): return len(offsets) / n if n else float(n_true == n_generated)
     return EventScores(
-        precision=share(n_generated), recall=share(n_true), f1=float(_f1(len(offsets), n_true + n_generated)),
+        precision=share(n_generated), recall=share(n_true),
+        f1=float(_f1(len(offsets), n_true + n_generated)),
         n_true=n_true, n_generated=n_generated, n_hit=len(offsets), n_clips=len(true_list),
         n_silent=sum(len(t) == 0 for t in true_list), tolerance=tolerance,
         offset=float(np.median(offsets)) if offsets else 0.)
@@ -100,13 +103,13 @@ def derangements(
 
 
 def chance_f1(
-    true_list: Sequence[np.ndarray],  # per clip: times in s, ascending
-    generated_list: Sequence[np.ndarray]|None=None,  # the clips' generated events; default: true ones
+    true_list: Sequence[np.ndarray],                 # per clip: times in s, ascending
+    generated_list: Sequence[np.ndarray]|None=None,  # the same of the generated; default: true ones
     *,
-    tolerance: float,                 # s
-    generator: torch.Generator,       # draws who gets whose
-    n_shuffles: int=20,               # derangements to average over
-) -> float:                           # in [0, 1]
+    tolerance: float,                                # s
+    generator: torch.Generator,                      # draws who gets whose
+    n_shuffles: int=20,                              # derangements to average over
+) -> float:                                          # in [0, 1]
     "F1 of another clip's events: what a model scores that does not look."
     heard = true_list if generated_list is None else generated_list
     true_list, heard = _check_lists(true_list, heard)
@@ -135,7 +138,7 @@ def bootstrap_interval(
     n_resamples: int=1000,                 # how often
     level: float=0.95,                     # share of the resampled scores inside
 ) -> tuple[float, float]:                  # lower and upper F1
-    "Interval of the pooled F1 when the clips are drawn anew with replacement (percentile bootstrap)."
+    "Interval of the pooled F1 when clips are drawn anew with replacement (percentile bootstrap)."
     check_range("n_resamples", n_resamples, 1)
     pairs = list(zip(*_check_lists(true_list, generated_list)))
     counts = np.array([[len(match_events(t, g, tolerance)), len(t) + len(g)] for t, g in pairs])
@@ -170,8 +173,8 @@ def detect_onsets(
     "Onset times: peaks of the onset strength, placed between columns by their centre of mass."
     check_range("threshold", threshold, 0.)
     strength = onset_strength(mel, floor=floor, dead_zone=dead_zone)
-    peaks = librosa.util.peak_pick(np.pad(strength, 1), pre_max=4, post_max=4, pre_avg=12, post_avg=12,
-                                   delta=threshold, wait=5) - 1
+    peaks = librosa.util.peak_pick(np.pad(strength, 1), pre_max=4, post_max=4, pre_avg=12,
+                                   post_avg=12, delta=threshold, wait=5) - 1
     near = peaks[:, None] + np.arange(-2, 3)
     weight = np.pad(strength, 2)[near + 2]
     return np.clip(((weight * near).sum(1) / weight.sum(1) + 0.25) / spec.mel_rate, 0, None)
@@ -183,7 +186,8 @@ def detect_onsets_waveform(
     **settings: float,      # of `detect_onsets`
 ) -> np.ndarray:            # (n,) onset times in s, ascending
     "Onset times of a waveform: `detect_onsets` of its log-mel."
-    return detect_onsets(log_mel(check_shape("waveform", waveform, "samples"), spec), spec, **settings)
+    mel = log_mel(check_shape("waveform", waveform, "samples"), spec)
+    return detect_onsets(mel, spec, **settings)
 
 # %% ../nbs/60_sync.ipynb #89824f5a
 def track_height(
@@ -201,10 +205,10 @@ def track_height(
     return np.where(total > 0, weight.sum(2) @ middle / np.maximum(total, 1e-6), np.nan)
 
 # %% ../nbs/60_sync.ipynb #6dbd22a0
-TYPICAL_KICK = 13.   # 1/64 of the frame's height per frame: falls from about half the greatest height
+TYPICAL_KICK = 13.   # 1/64 of the frame's height per frame: of falls from about half the greatest
 
 
-def _kicks(y: np.ndarray) -> np.ndarray:  # (2, f-1): what frames k and k+1 show of a kick in [k, k+1)
+def _kicks(y: np.ndarray) -> np.ndarray:  # (2, f-1): the kick in [k, k+1) seen by k, k+1
     bend = np.full(len(y) + 2, np.nan)
     bend[2:-2] = np.diff(y, 2)                                     # bend[k + 1] belongs to frame k
     around = np.nanmean(np.stack([bend[:-3], bend[3:]]), 0)        # free flight on both sides

@@ -24,14 +24,14 @@ N_DRAWS = 96                    # uniform numbers behind one clip
 def impact_times(
     draws: np.ndarray,               # (n, m) uniform in [0, 1)
     duration: float,                 # s
-) -> tuple[np.ndarray, np.ndarray]:  # starts (n, m - 7) in s, the first negative; gaps (n, m - 8) in s
+) -> tuple[np.ndarray, np.ndarray]:  # starts (n, m - 7), the first negative; gaps (n, m - 8); s
     "Aperiodic impacts: gaps MIN_GAP to MAX_GAP, at most 4 in 1.8 s, none in the last 80 ms."
     gaps = MIN_GAP + (MAX_GAP - MIN_GAP) * draws[:, 8:]
     for i in range(3, gaps.shape[1]):
         gaps[:, i] = np.maximum(gaps[:, i], 1.8 - gaps[:, i - 3:i].sum(1))
     ends = np.cumsum(gaps, 1)
     phase = np.sort(draws[:, :8], 1)[:, np.random.default_rng(0).permutation(8)] * gaps[:, :1]
-    times = ends[:, None] - phase[..., None]                       # one candidate for each of 8 phases
+    times = ends[:, None] - phase[..., None]                    # one candidate for each of 8 phases
     bad = ((np.abs(times - 0.015) < 0.015) | (np.abs(times - duration + 0.04) < 0.04)).any(-1)
     chosen = np.take_along_axis(phase, bad.argmin(1)[:, None], 1)
     return np.concatenate([-chosen, ends - chosen], 1), gaps
@@ -41,7 +41,7 @@ def ball_height(
     t: np.ndarray,       # (f,) s
     starts: np.ndarray,  # (n, m + 1) impact times in s, ascending; the first is before 0
     gaps: np.ndarray,    # (n, m) s, the time from each start to the next
-) -> np.ndarray:         # (n, f) in units of MAX_FALL: 0 on the floor, 1 at the highest possible point
+) -> np.ndarray:         # (n, f) in units of MAX_FALL: 0 on the floor, 1 at the highest point
     "Free flight between impacts: 4 (t - t0)(t1 - t) / MAX_GAP**2: gravity is the same everywhere."
     which = (t[None, :, None] >= starts[:, None, 1:]).sum(-1)
     index = np.minimum(which, gaps.shape[1] - 1)
@@ -51,7 +51,8 @@ def ball_height(
 # %% ../nbs/02_toy.ipynb #e5453327
 def _draws(n: int, seed: int, kind: str, start: int) -> np.ndarray:  # (n, N_DRAWS)
     key = KINDS.index(kind)
-    return np.stack([np.random.default_rng([seed, key, start + i]).random(N_DRAWS) for i in range(n)])
+    streams = [np.random.default_rng([seed, key, start + i]) for i in range(n)]
+    return np.stack([stream.random(N_DRAWS) for stream in streams])
 
 
 def _hue_to_rgb(hue: np.ndarray, value: float=1., saturation: float=0.85) -> np.ndarray:
@@ -69,13 +70,13 @@ def _background(u: np.ndarray, size: int) -> np.ndarray:  # u (n, 3) -> (n, h, 3
 
 
 def _paint(background: np.ndarray, colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    "uint8 (n, f, h, w, 3): `colour` (n, 3) over `background` (n, h, 3) where `alpha` (n, f, h, w) is 1."
+    "uint8 (n, f, h, w, 3): `colour` (n, 3) over `background` (n, h, 3) by `alpha` (n, f, h, w)."
     base = (255 * background).astype(np.float32)[:, None, :, None]
     step = (255 * colour).astype(np.float32)[:, None, None, None] - base
     return (base + alpha[..., None] * step + 0.5).astype(np.uint8)
 
 # %% ../nbs/02_toy.ipynb #b4bc3bb6
-def _ball_motion(u: np.ndarray, t: np.ndarray, duration: float, size: int) -> tuple[np.ndarray, ...]:
+def _ball_motion(u: np.ndarray, t: np.ndarray, duration: float, size: int) -> tuple:
     "Centre (n, f, 2), radius (n,) in px; impact starts (n, m + 1), gaps (n, m) in s; floats (n,)."
     scale, floats = size / 64, u[:, 0] < 0.12
     radius = (8 + 4 * u[:, 1]) * scale
@@ -102,6 +103,7 @@ def _draw_ball(center: np.ndarray, radius: np.ndarray, size: int) -> np.ndarray:
 def struck_sound(
     pitch: float,      # fundamental in Hz
     decay: float,      # time constant in s
+    *,
     offset: float,     # time from the impact to the first sample, in s
     n_samples: int,    # how many samples
     sample_rate: int,  # Hz
@@ -121,7 +123,8 @@ def _ball_sound(u: np.ndarray, times: np.ndarray, gaps: np.ndarray, spec: ClipSp
     for time, gap in zip(times, gaps):
         first = int(np.ceil(time * rate))
         level = 0.12 + 0.68 * ((gap - MIN_GAP) / (MAX_GAP - MIN_GAP))
-        tail = struck_sound(pitch, decay, first / rate - time, rate // 2, rate)
+        tail = struck_sound(pitch, decay, offset=first / rate - time, n_samples=rate // 2,
+                            sample_rate=rate)
         wave[first:first + len(tail)] += level * tail
     return wave[:spec.n_samples]
 
@@ -186,14 +189,15 @@ def _draw_dancer(joints: np.ndarray, size: int) -> np.ndarray:  # alpha (n, f, h
     pieces = [(hip, neck, 3.5), (head, head, 5.5)]
     pieces += [(origin, end, 2.5) for origin, end in zip((neck, neck, hip, hip), ends)]
     alpha = _draw_segment(*pieces[0][:2], pieces[0][2] * size / 64, size)
-    for a, b, r in pieces[1:]: np.maximum(alpha, _draw_segment(a, b, r * size / 64, size), out=alpha)
+    for a, b, r in pieces[1:]:
+        np.maximum(alpha, _draw_segment(a, b, r * size / 64, size), out=alpha)
     return alpha
 
 # %% ../nbs/02_toy.ipynb #bda32cc5
 def drum_hits(
     sample_rate: int,         # Hz
 ) -> dict[str, np.ndarray]:   # name -> (samples,) waveform, peak about 1
-    "One synthesised hit of each drum: kick (swept sine), snare (noise and a tone), hat (bright noise)."
+    "One synthesised hit of each drum: kick (swept sine), snare (noise, tone), hat (bright noise)."
     t = np.arange(int(0.3 * sample_rate)) / sample_rate
     noise = np.random.default_rng(0).standard_normal(len(t))
     kick = np.sin(2 * np.pi * (50 * t + 80 * 0.03 * (1 - np.exp(-t / 0.03)))) * np.exp(-t / 0.07)
@@ -216,9 +220,10 @@ def _score(u: np.ndarray, beats: np.ndarray, period: float) -> list[tuple[float,
 # %% ../nbs/02_toy.ipynb #359bc45e
 def _drum_loop(u: np.ndarray, beats: np.ndarray, period: float, spec: ClipSpec) -> np.ndarray:
     "The waveform (samples,) of a drum loop on `beats`."
-    hits, wave = drum_hits(spec.sample_rate), np.zeros(spec.n_samples + spec.sample_rate, np.float32)
+    rate, hits = spec.sample_rate, drum_hits(spec.sample_rate)
+    wave = np.zeros(spec.n_samples + rate, np.float32)
     for time, drum, level in _score(u, beats, period):
-        first = round(time * spec.sample_rate)
+        first = round(time * rate)
         if 0 <= first < spec.n_samples: wave[first:first + len(hits[drum])] += level * hits[drum]
     return np.clip(wave[:spec.n_samples], -1, 1)
 
@@ -243,9 +248,9 @@ class ToyClips:
     "Clips whose every event time is known exactly."
     video: Tensor             # uint8 (n, f, h, w, 3)
     waveform: Tensor          # float32 (n, samples) in [-1, 1]
-    events: list[np.ndarray]  # per clip: float64 times in s, ascending: impacts (bounce) or beats (dance)
+    events: list[np.ndarray]  # per clip: float64 times in s, ascending: impacts or (dance) beats
     center: np.ndarray        # float64 (n, f, 2): x, y of the ball (or the dancer's hips) in pixels
-    radius: np.ndarray        # float64 (n,): of the ball in pixels (of the dancer's limbs for dance)
+    radius: np.ndarray        # float64 (n,): of the ball (or the dancer's limbs) in pixels
     kind: str                 # one of KINDS
 
     def __len__(self) -> int: "How many clips."; return len(self.video)
@@ -262,10 +267,10 @@ def make_clips(
     *,
     spec: ClipSpec|None=None,  # sizes and rates; default `ClipSpec.toy()`
     seed: int=0,               # which unlimited stream of clips
-    kind: str="bounce",        # "bounce" (aperiodic impacts) or "dance" (a figure on a drum loop's beats)
-    start: int=0,              # first clip's place in the stream: clip i depends on (seed, kind, i) alone
+    kind: str="bounce",        # "bounce" (aperiodic impacts) or "dance" (on a drum loop's beats)
+    start: int=0,              # first clip's place: clip i depends on (seed, kind, i) alone
 ) -> ToyClips:                 # of n clips
-    "Clips from a world that knows its events exactly; the same clip for the same seed, kind and index."
+    "Clips from a world that knows its events exactly; one clip for each seed, kind and index."
     spec = ClipSpec.toy() if spec is None else spec
     check_choice("kind", kind, KINDS)
     for name, value, least in (("n", n, 1), ("seed", seed, 0), ("start", start, 0)):

@@ -1,4 +1,4 @@
-"""What data/ ships: clips that the toy world makes again, weights that are safetensors with a card."""
+"""What data/ ships: clips that the toy world makes again, weights as safetensors with a card."""
 
 import json
 import struct
@@ -49,7 +49,7 @@ def test_there_are_weights(): assert CHECKPOINTS
 @pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda p: p.name)
 def test_checkpoint_has_a_card_and_nothing_but_plain_files(folder):
     kinds = {p.suffix for p in folder.iterdir() if p.is_file()}
-    assert kinds <= {".safetensors", ".json", ".md"}, "safetensors, JSON and a card, nothing else"
+    assert kinds <= {".safetensors", ".json", ".jsonl", ".md"}, "no other kind of file"
     cards = [p.read_text(encoding="utf-8") for p in folder.glob("*.md")]
     assert cards, "a model card"
     for word in ("seed", "licen", "cmmd"):

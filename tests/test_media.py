@@ -30,12 +30,12 @@ def rows(kind: str) -> list[dict]:
 
 
 def make(path, n=18, *, fps=10, size=64, sound=(1, 16_000), seconds=None, codec="libx264", times=None, rotation=0,
-         kind=None):
+         kind=None, b_frames=0):
     "A small file: frame i is grey level 10 + 12 i at `times`, the sound a 440 Hz tone of level 0.3."
     times = [Fraction(i, fps) for i in range(n)] if times is None else times
     with av.open(str(path), "w", format=kind) as box:
         if n:
-            video = box.add_stream(codec, rate=fps, options={"bf": "0"} if codec == "libx264" else {})
+            video = box.add_stream(codec, rate=fps, options={"bf": str(b_frames)} if codec == "libx264" else {})
             video.width = video.height = size
             video.pix_fmt, video.codec_context.time_base = "yuv420p", Fraction(1, 1000)
             if rotation: video.set_display_rotation(rotation)
@@ -394,6 +394,17 @@ def test_mux_keeps_the_video(tmp_path, codec, copied):
     with pytest.raises(MediaError, match="no video"):
         mux_audio(write_wav(tmp_path / "a.wav", tone, spec=SPEC), tone, tmp_path / "o.mp4", spec=SPEC)
     assert not (tmp_path / "o.mp4").exists()
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_mux_keeps_a_variable_rate(tmp_path, codec):
+    "Also with frames stored out of order, where the header's duration is wrong."
+    times = [Fraction(t, 1000) for t in (0, 40, 80, 120, 700, 740, 780, 1400, 1440, 1700)]
+    path = make(tmp_path / "v.mp4", 10, times=times, codec=codec, b_frames=2, seconds=2)
+    out = mux_audio(path, torch.zeros(9), tmp_path / "o.mp4", spec=SPEC)
+    with av.open(str(out)) as box: found = [float(f.pts * f.time_base) for f in box.decode(video=0)]
+    assert np.abs(np.sort(found) - np.array(times, float)).max() < 1e-3
+    assert abs(probe(out).audio.duration - read_media(path, spec=SPEC).duration) < 0.01
 
 
 @real

@@ -1,4 +1,5 @@
 """The shipped checkpoint keeps its promises, measured small: 24 unseen clips, few steps (`benchmarks/shipped.py` is the full measure)."""
+
 import json
 
 import pytest
@@ -21,7 +22,12 @@ N, SEED = 24, 77
 def world():
     model, vae = load_model("toy-bounce"), load_vae("tiny")
     spec, mel = model.config.clip, (model.config.mel_mean, model.config.mel_std)
-    return model, vae, toy_dataset(N, vae, spec=spec, seed=SEED, mel=mel), make_clips(N, spec=spec, seed=SEED).events
+    return (
+        model,
+        vae,
+        toy_dataset(N, vae, spec=spec, seed=SEED, mel=mel),
+        make_clips(N, spec=spec, seed=SEED).events,
+    )
 
 
 def onsets(model, audio):
@@ -38,7 +44,13 @@ def test_video_to_audio_keeps_time(world):
 
 def test_audio_to_video_keeps_time(world):
     model, vae, data, events = world
-    made = generate(model, audio=data.audio, guidance_weight=2., num_sample_steps=20, generator=make_generator(0))
+    made = generate(
+        model,
+        audio=data.audio,
+        guidance_weight=2.0,
+        num_sample_steps=20,
+        generator=make_generator(0),
+    )
     found = [detect_impacts(v, model.config.clip) for v in decode_video(vae, made.video)]
     assert event_scores(events, found, tolerance=0.1).f1 > 0.5
 
@@ -51,7 +63,9 @@ def test_the_sound_leans_on_the_picture(world):
 def test_weight_folders_have_cards_and_no_pickle():
     for folder in filter(lambda p: p.is_dir(), data_path("weights").iterdir()):
         names = {p.name for p in folder.iterdir()}
-        assert {"README.md", "config.json"} <= names and any(n.endswith(".safetensors") for n in names)
+        assert {"README.md", "config.json"} <= names and any(
+            n.endswith(".safetensors") for n in names
+        )
         assert not any(n.endswith((".bin", ".pt", ".pkl", ".ckpt")) for n in names)
         json.loads((folder / "config.json").read_text())
 
