@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 from .core import check_range
 
-# %% ../nbs/30_blocks.ipynb #ab20d78e
+# %% ../nbs/30_blocks.ipynb #1df4106a
 def channels_last(
     x: Tensor,   # (b, f, c, h, w) or (b, c, t)
 ) -> Tensor:     # the same numbers and shape
-    "The same tensor with the channels of one place side by side in memory: the views below are then free."
-    if x.ndim not in (3, 5): raise ValueError(f"x must have 3 or 5 axes, got shape {tuple(x.shape)}")
+    "The same tensor with the channels of each place side by side in memory."
+    if x.ndim not in (3, 5):
+        raise ValueError(f"x must have 3 or 5 axes, got shape {tuple(x.shape)}")
     if x.ndim == 3: return x.transpose(1, 2).contiguous().transpose(1, 2)
     return x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
 
-# %% ../nbs/30_blocks.ipynb #e9cd3655
+# %% ../nbs/30_blocks.ipynb #60256a0e
 class SpatialConv(nn.Conv2d):
     "A k x k convolution of every frame by itself."
     def __init__(self,
@@ -54,7 +55,7 @@ class TemporalConv(nn.Conv2d):
         flat = rearrange(video, "b f c h w -> b c f (h w)")
         return rearrange(super().forward(flat), "b c f (h w) -> b f c h w", w=video.shape[-1])
 
-# %% ../nbs/30_blocks.ipynb #761c7563
+# %% ../nbs/30_blocks.ipynb #9b3ba7e4
 class AudioConv(nn.Conv1d):
     "A convolution along the mel columns, with mel bins or features as channels (CMMD App. B)."
     def __init__(self,
@@ -67,10 +68,11 @@ class AudioConv(nn.Conv1d):
     def forward(self,
         audio: Tensor,  # (b, c_in, t)
     ) -> Tensor:        # (b, c_out, t)
-        rows = F.conv2d(audio.unsqueeze(2), self.weight.unsqueeze(2), self.bias, padding=(0, self.padding[0]))
+        padding = 0, self.padding[0]
+        rows = F.conv2d(audio.unsqueeze(2), self.weight.unsqueeze(2), self.bias, padding=padding)
         return rows.squeeze(2)
 
-# %% ../nbs/30_blocks.ipynb #25afec0a
+# %% ../nbs/30_blocks.ipynb #7ca8bc36
 def time_features(
     t: Tensor,                  # (b,) diffusion time, 0 .. num_train_steps - 1
     dim: int,                   # how many features, even
@@ -78,11 +80,12 @@ def time_features(
 ) -> Tensor:                    # float32 (b, dim): sines, then cosines
     "Sinusoidal features of the diffusion time (Vaswani et al. 2017)."
     if dim < 2 or dim % 2: raise ValueError(f"dim must be even and at least 2, got {dim}")
-    rates = torch.exp(torch.arange(dim // 2, device=t.device) * (-math.log(max_period) / (dim // 2)))
+    octave = -math.log(max_period) / (dim // 2)
+    rates = torch.exp(torch.arange(dim // 2, device=t.device) * octave)
     angles = t.float()[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], -1)
 
-# %% ../nbs/30_blocks.ipynb #a88b43db
+# %% ../nbs/30_blocks.ipynb #295564f1
 class TimeEmbedding(nn.Module):
     "The time features through a two-layer perceptron, for the scale and shift of every block."
     def __init__(self,
@@ -90,23 +93,25 @@ class TimeEmbedding(nn.Module):
     ):
         super().__init__()
         self.dim = dim
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim), nn.SiLU())
+        first, last = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(first, nn.SiLU(), last, nn.SiLU())
 
     def forward(self,
         t: Tensor,  # (b,) diffusion time
     ) -> Tensor:    # (b, dim)
         return self.mlp(time_features(t, self.dim).to(self.mlp[0].weight.dtype))
 
-# %% ../nbs/30_blocks.ipynb #cae27fd0
+# %% ../nbs/30_blocks.ipynb #7af797d0
 class FrameNorm(nn.Module):
-    "Group norm of each frame by itself: no statistic crosses time, so a clip's length changes nothing."
+    "Group norm of each frame by itself: no statistic crosses time."
     def __init__(self,
         channels: int,       # c
         group_size: int=8,   # at least this many channels share a mean and a variance
         max_groups: int=32,  # and there are at most this many groups
     ):
         super().__init__()
-        allowed = [g for g in range(1, max_groups + 1) if channels % g == 0 and channels // g >= group_size]
+        divisors = [g for g in range(1, max_groups + 1) if channels % g == 0]
+        allowed = [g for g in divisors if channels // g >= group_size]
         self.norm = nn.GroupNorm(max(allowed, default=1), channels)
 
     def forward(self,
@@ -114,7 +119,7 @@ class FrameNorm(nn.Module):
     ) -> Tensor:        # the same shape
         frames = video.flatten(0, 1)
         if torch.is_grad_enabled() and not frames.requires_grad:
-            frames = frames.contiguous()  # torch 2.11 crashes in this backward pass if channels last (CPU)
+            frames = frames.contiguous()  # torch 2.11 (CPU) crashes in that backward pass
         return self.norm(frames).unflatten(0, video.shape[:2])
 
 
@@ -131,7 +136,7 @@ class ColumnNorm(nn.Module):
     ) -> Tensor:        # the same shape
         return self.norm(audio.transpose(1, 2)).transpose(1, 2)
 
-# %% ../nbs/30_blocks.ipynb #1e484c26
+# %% ../nbs/30_blocks.ipynb #eb4070e1
 def zero_init(
     layer: nn.Module,  # any
 ) -> nn.Module:        # the same layer
@@ -150,9 +155,9 @@ def modulate(
     scale, shift = time.chunk(2, -1)
     return torch.addcmul(shift.view(shape), x, 1 + scale.view(shape))
 
-# %% ../nbs/30_blocks.ipynb #f2248dfb
+# %% ../nbs/30_blocks.ipynb #81aa3793
 class ResBlock(nn.Module):
-    "Residual block: norm, scale and shift, SiLU, convolution, twice; the last convolution starts at zero."
+    "Norm, scale and shift, SiLU, convolution, twice, and a way around; starts as the way around."
     def __init__(self,
         axes: str,          # of the stream, e.g. "b c t"
         norm: type,         # called with a number of channels
@@ -166,7 +171,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.axes = axes
         self.norm1, self.norm2 = norm(widths[0]), norm(widths[1])
-        self.time1, self.time2 = nn.Linear(time_dim, 2 * widths[0]), nn.Linear(time_dim, 2 * widths[1])
+        self.time1, self.time2 = (nn.Linear(time_dim, 2 * c) for c in widths)
         self.conv1, self.conv2, self.skip = first, zero_init(last), skip
 
     def forward(self,
@@ -177,16 +182,17 @@ class ResBlock(nn.Module):
         h = self.conv2(F.silu(modulate(self.norm2(h), self.time2(time), self.axes)))
         return self.skip(x) + h
 
-# %% ../nbs/30_blocks.ipynb #833ea84a
+# %% ../nbs/30_blocks.ipynb #9737bcbf
 class VideoResBlock(ResBlock):
-    "2D+1D residual block of the video stream (CMMD App. B): 3x3 in space, 3 in time; then 3x3 in space."
+    "2D+1D residual block of the video (CMMD App. B): 3x3 in space, 3 in time; 3x3 in space."
     def __init__(self,
         c_in: int,      # channels in
         c_out: int,     # channels out
         time_dim: int,  # size of the time embedding
     ):
-        super().__init__("b f c h w", FrameNorm, first=nn.Sequential(SpatialConv(c_in, c_out), TemporalConv(c_out)),
-                         last=SpatialConv(c_out, c_out), widths=(c_in, c_out), time_dim=time_dim,
+        super().__init__("b f c h w", FrameNorm, widths=(c_in, c_out), time_dim=time_dim,
+                         first=nn.Sequential(SpatialConv(c_in, c_out), TemporalConv(c_out)),
+                         last=SpatialConv(c_out, c_out),
                          skip=nn.Identity() if c_in == c_out else SpatialConv(c_in, c_out, 1))
 
 
@@ -197,11 +203,11 @@ class AudioResBlock(ResBlock):
         c_out: int,     # channels out
         time_dim: int,  # size of the time embedding
     ):
-        super().__init__("b c t", ColumnNorm, first=AudioConv(c_in, c_out), last=AudioConv(c_out, c_out),
-                         widths=(c_in, c_out), time_dim=time_dim,
+        super().__init__("b c t", ColumnNorm, widths=(c_in, c_out), time_dim=time_dim,
+                         first=AudioConv(c_in, c_out), last=AudioConv(c_out, c_out),
                          skip=nn.Identity() if c_in == c_out else AudioConv(c_in, c_out, 1))
 
-# %% ../nbs/30_blocks.ipynb #b2e6d69c
+# %% ../nbs/30_blocks.ipynb #06236740
 def attend(
     qkv: Tensor,    # (..., n, 3c): queries, keys and values of n places
     head_dim: int,  # features of a head, d; c is a multiple of it
@@ -209,12 +215,12 @@ def attend(
     "Multi-head self-attention over the n places; every leading axis is a batch axis."
     if head_dim < 1 or qkv.shape[-1] % (3 * head_dim):
         raise ValueError(f"head_dim must divide c={qkv.shape[-1] / 3:g}, got {head_dim}")
-    lead = qkv.shape[:-2]
-    q, k, v = rearrange(qkv.flatten(0, -3), "b n (three heads d) -> three b heads n d", three=3, d=head_dim)
+    lead, flat = qkv.shape[:-2], qkv.flatten(0, -3)
+    q, k, v = rearrange(flat, "b n (three heads d) -> three b heads n d", three=3, d=head_dim)
     out = F.scaled_dot_product_attention(q, k, v)
     return rearrange(out, "b heads n d -> b n (heads d)").unflatten(0, lead)
 
-# %% ../nbs/30_blocks.ipynb #550ca88d
+# %% ../nbs/30_blocks.ipynb #b327975f
 def video_tokens(
     video: Tensor,  # (b, f, c, h, w)
 ) -> Tensor:        # (b, f, h*w, c), a view of channels-last memory
@@ -230,9 +236,11 @@ class SpatialAttention(nn.Module):
     ):
         super().__init__()
         check_range("head_dim", head_dim, 1, channels)
-        if channels % head_dim: raise ValueError(f"head_dim must divide channels={channels}, got {head_dim}")
+        if channels % head_dim:
+            raise ValueError(f"head_dim must divide channels={channels}, got {head_dim}")
         self.head_dim, self.norm = head_dim, FrameNorm(channels)
-        self.qkv, self.out = nn.Linear(channels, 3 * channels), zero_init(nn.Linear(channels, channels))
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zero_init(nn.Linear(channels, channels))
 
     def forward(self,
         video: Tensor,  # (b, f, c, h, w)
@@ -240,7 +248,7 @@ class SpatialAttention(nn.Module):
         h = self.out(attend(self.qkv(video_tokens(self.norm(video))), self.head_dim))
         return video + rearrange(h, "b f (h w) c -> b f c h w", w=video.shape[-1])
 
-# %% ../nbs/30_blocks.ipynb #7d51b3b3
+# %% ../nbs/30_blocks.ipynb #a34835b8
 def halve_video(
     video: Tensor,  # (b, f, c, h, w), h and w even
 ) -> Tensor:        # (b, f, c, h/2, w/2)
@@ -269,6 +277,7 @@ def double_audio(
     n_columns: int,  # 2t, or 2t - 1 to undo `halve_audio` of an odd length
 ) -> Tensor:         # (b, c, n_columns)
     "Every column twice, cut to `n_columns`."
-    if not 2 * audio.shape[-1] - 1 <= n_columns <= 2 * audio.shape[-1]:
-        raise ValueError(f"n_columns must be {2 * audio.shape[-1] - 1} or {2 * audio.shape[-1]}, got {n_columns}")
+    most = 2 * audio.shape[-1]
+    if n_columns not in (most - 1, most):
+        raise ValueError(f"n_columns must be {most - 1} or {most}, got {n_columns}")
     return audio.repeat_interleave(2, -1)[..., :n_columns]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .blocks import ColumnNorm, FrameNorm, attend, video_tokens, zero_init
 from .core import check_choice
 
-# %% ../nbs/31_easy_fusion.ipynb #c49060cf
+# %% ../nbs/31_easy_fusion.ipynb #ebc76884
 def nearest_index(
     n_out: int,  # how many places to fill
     n_in: int,   # how many there are
@@ -22,13 +22,14 @@ def nearest_index(
     device: torch.device|str="cpu",  # where the answer lives
 ) -> Tensor:     # int64 (n_out,), from 0 to n_in - 1
     "For each output place the input place that is playing at its middle (CMMD Fig. 6)."
-    if n_out < 1 or n_in < 1: raise ValueError(f"n_out and n_in must be at least 1, got {n_out} and {n_in}")
+    if n_out < 1 or n_in < 1:
+        raise ValueError(f"n_out and n_in must be at least 1, got {n_out} and {n_in}")
     ratio = n_in / n_out if ratio is None else ratio
     if not ratio > 0: raise ValueError(f"ratio must be positive, got {ratio}")
     middle = (torch.arange(n_out, device=device, dtype=torch.float64) + 0.5) * ratio
     return middle.floor().long().clamp_(max=n_in - 1)
 
-# %% ../nbs/31_easy_fusion.ipynb #e2086c63
+# %% ../nbs/31_easy_fusion.ipynb #9077e553
 def audio_for_frames(
     audio: Tensor,  # (b, c, t)
     n_frames: int,  # f
@@ -44,14 +45,14 @@ def video_for_columns(
     n_columns: int,  # t
     columns_per_frame: float|None=None,  # in time; default t/f
 ) -> Tensor:         # (b, t, c)
-    "For each mel column the spatial mean of the frame that is shown at its middle (F to T, CMMD Fig. 6)."
+    "For each mel column the spatial mean of the frame shown at its middle (F to T, CMMD Fig. 6)."
     ratio = None if columns_per_frame is None else 1 / columns_per_frame
     index = nearest_index(n_columns, video.shape[1], ratio=ratio, device=video.device)
     return video.mean((-2, -1)).index_select(1, index)
 
-# %% ../nbs/31_easy_fusion.ipynb #26d86dd3
+# %% ../nbs/31_easy_fusion.ipynb #fa5be907
 class Fusion(nn.Module):
-    "What all fusions share: norms, and attention along time in each stream, from the `qkv` of a subclass."
+    "What fusions share: norms, and attention along time in each stream, from what `qkv` returns."
     def __init__(self,
         video_channels: int,  # c of the video
         audio_channels: int,  # c of the audio
@@ -59,7 +60,8 @@ class Fusion(nn.Module):
     ):
         super().__init__()
         for name, c in (("video_channels", video_channels), ("audio_channels", audio_channels)):
-            if head_dim < 1 or c % head_dim: raise ValueError(f"head_dim must divide {name}={c}, got {head_dim}")
+            if head_dim < 1 or c % head_dim:
+                raise ValueError(f"head_dim must divide {name}={c}, got {head_dim}")
         self.head_dim = head_dim
         self.norm_video, self.norm_audio = FrameNorm(video_channels), ColumnNorm(audio_channels)
         self.video_qkv = nn.Linear(video_channels, 3 * video_channels)
@@ -67,9 +69,10 @@ class Fusion(nn.Module):
         self.video_out = zero_init(nn.Linear(video_channels, video_channels))
         self.audio_out = zero_init(nn.Linear(audio_channels, audio_channels))
 
-    def qkv(self, video: Tensor, audio: Tensor, columns_per_frame: float|None) -> tuple[Tensor, Tensor]:
+    def qkv(self, video: Tensor, audio: Tensor, ratio: float|None) -> tuple[Tensor, Tensor]:
         "Queries, keys and values (b, f, h*w, 3c) and (b, t, 3c): here of each stream alone."
-        return self.video_qkv(video_tokens(self.norm_video(video))), self.audio_qkv(self.norm_audio(audio).mT)
+        video_qkv = self.video_qkv(video_tokens(self.norm_video(video)))
+        return video_qkv, self.audio_qkv(self.norm_audio(audio).mT)
 
     def forward(self,
         video: Tensor,  # (b, f, c, h, w)
@@ -81,13 +84,13 @@ class Fusion(nn.Module):
         video = video + rearrange(h, "b (h w) f c -> b f c h w", w=video.shape[-1])
         return video, audio + self.audio_out(attend(audio_qkv, self.head_dim)).mT
 
-# %% ../nbs/31_easy_fusion.ipynb #6820096f
+# %% ../nbs/31_easy_fusion.ipynb #55a5c1bf
 class NoFusion(Fusion):
-    "Temporal self-attention of each stream alone: nothing crosses. What every fusion is measured against."
+    "Temporal self-attention of each stream alone: nothing crosses. The control of every fusion."
 
 
 class EasyFusion(Fusion):
-    "Easy fusion (CMMD Fig. 6, Eq. 7): self-attention whose q, k, v come from [own; other], both ways at once."
+    "Easy fusion (CMMD Fig. 6, Eq. 7): self-attention whose q, k, v come from [own; other]."
     def __init__(self,
         video_channels: int,  # c of the video
         audio_channels: int,  # c of the audio
@@ -98,14 +101,15 @@ class EasyFusion(Fusion):
         self.audio_from_video = nn.Linear(video_channels, 3 * audio_channels, bias=False)
         self.norm_seen = nn.LayerNorm(video_channels)
 
-    def qkv(self, video: Tensor, audio: Tensor, columns_per_frame: float|None) -> tuple[Tensor, Tensor]:
+    def qkv(self, video: Tensor, audio: Tensor, ratio: float|None) -> tuple[Tensor, Tensor]:
         "Queries, keys and values (b, f, h*w, 3c) and (b, t, 3c): W_own own + W_other other."
-        heard = audio_for_frames(self.norm_audio(audio), video.shape[1], columns_per_frame)
-        seen = self.norm_seen(video_for_columns(video, audio.shape[-1], columns_per_frame))
-        video_qkv, audio_qkv = super().qkv(video, audio, columns_per_frame)
-        return video_qkv + self.video_from_audio(heard)[:, :, None], audio_qkv + self.audio_from_video(seen)
+        heard = audio_for_frames(self.norm_audio(audio), video.shape[1], ratio)
+        seen = self.norm_seen(video_for_columns(video, audio.shape[-1], ratio))
+        video_qkv, audio_qkv = super().qkv(video, audio, ratio)
+        video_qkv = video_qkv + self.video_from_audio(heard)[:, :, None]
+        return video_qkv, audio_qkv + self.audio_from_video(seen)
 
-# %% ../nbs/31_easy_fusion.ipynb #75cb0ff0
+# %% ../nbs/31_easy_fusion.ipynb #509218cd
 class CrossAttentionFusion(Fusion):
     "Self-attention in time, and cross-attention to all of the other stream: the usual alternative."
     def __init__(self,
@@ -114,12 +118,12 @@ class CrossAttentionFusion(Fusion):
         head_dim: int,        # features of an attention head, in both streams
     ):
         super().__init__(video_channels, audio_channels, head_dim)
-        self.video_q, self.video_cross_out = (nn.Linear(video_channels, video_channels) for _ in range(2))
-        self.audio_q, self.audio_cross_out = (nn.Linear(audio_channels, audio_channels) for _ in range(2))
-        self.video_kv = nn.Linear(audio_channels, 2 * video_channels)
-        self.audio_kv = nn.Linear(video_channels, 2 * audio_channels)
-        self.norm_seen = nn.LayerNorm(video_channels)
-        zero_init(self.video_cross_out), zero_init(self.audio_cross_out)
+        v, a = video_channels, audio_channels
+        self.video_q, self.video_kv = nn.Linear(v, v), nn.Linear(a, 2 * v)
+        self.audio_q, self.audio_kv = nn.Linear(a, a), nn.Linear(v, 2 * a)
+        self.video_cross_out = zero_init(nn.Linear(v, v))
+        self.audio_cross_out = zero_init(nn.Linear(a, a))
+        self.norm_seen = nn.LayerNorm(v)
 
     def _cross(self, q: Tensor, kv: Tensor) -> Tensor:  # (b n c), (b m 2c) -> (b n c)
         q = rearrange(q, "b n (heads d) -> b heads n d", d=self.head_dim)
@@ -129,7 +133,7 @@ class CrossAttentionFusion(Fusion):
     def forward(self,
         video: Tensor,  # (b, f, c, h, w)
         audio: Tensor,  # (b, c, t)
-        columns_per_frame: float|None=None,  # not used: cross-attention has to find the time by itself
+        columns_per_frame: float|None=None,  # not used: it has to find the time by itself
     ) -> tuple[Tensor, Tensor]:              # the same shapes
         pixels = rearrange(self.norm_video(video), "b f c h w -> b (f h w) c")
         columns = self.norm_audio(audio).mT
@@ -138,9 +142,10 @@ class CrossAttentionFusion(Fusion):
         from_video = self.audio_cross_out(self._cross(self.audio_q(columns), self.audio_kv(seen)))
         h, w = video.shape[-2:]
         video, audio = super().forward(video, audio, columns_per_frame)
-        return video + rearrange(from_audio, "b (f h w) c -> b f c h w", h=h, w=w), audio + from_video.mT
+        from_audio = rearrange(from_audio, "b (f h w) c -> b f c h w", h=h, w=w)
+        return video + from_audio, audio + from_video.mT
 
-# %% ../nbs/31_easy_fusion.ipynb #b7146c3f
+# %% ../nbs/31_easy_fusion.ipynb #b654e8fe
 FUSIONS = {"easy": EasyFusion, "none": NoFusion, "cross_attention": CrossAttentionFusion}
 
 

@@ -81,7 +81,7 @@ class AudioStream:
 # %% ../nbs/23_media.ipynb #c13db30a
 @dataclass(frozen=True)
 class MediaInfo:
-    "What a media file's header says; only the first video and the first audio stream are ever used."
+    "What a media file's header says; only the first video and first audio stream are used."
     container: str              # FFmpeg's name of the demuxer
     duration: float|None        # s, the longest stream; None where the container does not say
     start: float                # s, the earliest first pts: 0 of the presentation time line
@@ -96,7 +96,7 @@ class Clip:
     video: Tensor|None          # uint8 (f, h, w, 3): what is on the screen at start + k / fps
     waveform: Tensor|None       # float32 (n_samples,): mono; peaks may exceed 1
     start: float                # s on the presentation time line
-    duration: float             # s of the source found from `start` on; less than the clip's where it ended
+    duration: float             # s of the source found from `start` on; less where it ended
     rotation: int               # degrees counterclockwise that were applied: 0, 90, 180, 270
     info: MediaInfo
 
@@ -160,9 +160,10 @@ def _child_open(ask: dict):
     "The container on standard input: allowed demuxers only, no protocol at all."
     rules = {"format_whitelist": ask["containers"], "protocol_whitelist": "", "max_streams": "1000"}
     options = {"max_pixels": str(ask["limits"]["max_pixels"])}
-    try: return av.open(_child_view(0), "r", container_options=rules, options=options, buffer_size=1 << 17,
-                        metadata_errors="ignore", io_open=_child_no_file)
-    except av.error.ArgumentError: raise ValueError("is no container of a kind that is read") from None
+    try: return av.open(_child_view(0), "r", container_options=rules, options=options,
+                        buffer_size=1 << 17, metadata_errors="ignore", io_open=_child_no_file)
+    except av.error.ArgumentError: reason = "is no container of a kind that is read"
+    raise ValueError(reason)
 
 
 @_child
@@ -172,7 +173,7 @@ def _child_streams(box):
     video = [s for s in box.streams if s.type == "video" and not int(s.disposition) & cover]
     audio = [s for s in box.streams if s.type == "audio"]
     for s in (video + audio):
-        if s.codec_context is None: raise ValueError(f"holds {s.type} in a codec that cannot be decoded here")
+        if s.codec_context is None: raise ValueError(f"holds {s.type} in an unknown codec")
     return video[0] if video else None, audio[0] if audio else None
 
 # %% ../nbs/23_media.ipynb #f8508506
@@ -190,7 +191,8 @@ def _child_info(box) -> dict:
     video, audio = _child_streams(box)
     spans = [_child_span(s) for s in (video, audio) if s is not None]
     longest = max([s["duration"] for s in spans if s["duration"]], default=None)
-    info = {"container": box.format.name, "n_streams": len(box.streams), "video": None, "audio": None,
+    info = {"container": box.format.name, "n_streams": len(box.streams),
+            "video": None, "audio": None,
             "duration": box.duration / av.time_base if box.duration else longest,
             "start": min([s["start"] for s in spans], default=0.)}
     if video:
@@ -216,42 +218,46 @@ def _child_check(box, info: dict, limits: dict) -> None:
     "Refuse a bomb from its header, before anything is decoded."
     video, audio, most = info["video"], info["audio"], limits["max_duration"]
     if info["n_streams"] > limits["max_streams"]:
-        raise ValueError(f"holds {info['n_streams']} streams; at most {limits['max_streams']} are allowed")
+        raise ValueError(f"holds {info['n_streams']} streams; at most {limits['max_streams']} "
+                         "are allowed")
     if video is None and audio is None: raise ValueError("holds neither video nor sound")
     if (info["duration"] or 0) > most:
         raise ValueError(f"is {info['duration']:.0f} s long; at most {most:.0f} s are allowed")
     for s in box.streams.video:
         if s.codec_context is not None: _child_check_size(s.codec_context, limits)
     if video and (video["fps"] or 0) > limits["max_fps"] and video["n_frames"] != 1:
-        raise ValueError(f"has {video['fps']:g} frames per second; at most {limits['max_fps']:g} are allowed")
+        raise ValueError(f"has {video['fps']:g} frames per second; at most {limits['max_fps']:g} "
+                         "are allowed")
     if audio and not (0 < audio["sample_rate"] <= 400_000 and 0 < audio["n_channels"] <= 64):
-        raise ValueError(f"has sound of {audio['sample_rate']} Hz and {audio['n_channels']} channels; "
+        raise ValueError(f"has sound of {audio['sample_rate']} Hz, {audio['n_channels']} channels; "
                          "1 to 400000 Hz and 1 to 64 channels are allowed")
 
 # %% ../nbs/23_media.ipynb #d8eff344
 @_child
 def _child_frames(box, stream, zero: float, seen: dict):
-    "Decoded frames with their times in s after `zero`, counted: a frame lost without a word is an error."
+    "Decoded frames and their times in s after `zero`, counted: a frame lost silently is an error."
     stream.codec_context.thread_count = 1
     sent, step = 0, 1 / float(getattr(stream, "average_rate", None) or 25)
     for packet in box.demux(stream):
         if packet.is_corrupt: raise ValueError(f"holds a corrupt {stream.type} packet")
         sent += packet.size > 0 and not packet.is_discard
         for frame in packet.decode():
-            time = float(frame.pts * frame.time_base) - zero if frame.pts is not None else seen["end"]
+            labelled = frame.pts is not None
+            time = float(frame.pts * frame.time_base) - zero if labelled else seen["end"]
             if frame.duration and frame.time_base: step = float(frame.duration * frame.time_base)
             if stream.type == "audio": step = frame.samples / frame.sample_rate
             seen["n"] += 1
             seen["end"] = max(seen["end"], time + step)
             yield frame, time
-    if stream.type == "video" and stream.codec_context.name not in ("vp8", "vp9") and seen["n"] < sent:
+    hidden = stream.type == "audio" or stream.codec_context.name in ("vp8", "vp9")
+    if not hidden and seen["n"] < sent:          # those codecs have packets that are never shown
         raise ValueError(f"holds {sent} video packets, of which only {seen['n']} could be decoded")
     seen["whole"] = True
 
 # %% ../nbs/23_media.ipynb #4a97d0a0
 @_child
 def _child_in_order(pairs, depth: int=3):
-    "Decoders give pictures in the order they are shown; AVI hands out their times in the order stored."
+    "Frames come in the order shown, but with AVI their times come in the order stored: mended."
     frames, times = [], []
     for frame, time in pairs:
         frames.append(frame)
@@ -264,17 +270,18 @@ def _child_in_order(pairs, depth: int=3):
 def _child_check_end(stream, info: dict, seen: dict) -> None:
     "At the end of the file: has it given what its header declares?"
     span, name = _child_span(stream), info["container"].split(",")[0]
-    if not seen["whole"] or not span["duration"] or name not in ("mov", "avi", "wav", "flac"): return
+    known = name in ("mov", "avi", "wav", "flac") and span["duration"]
+    if not known or not seen["whole"]: return
     got = seen["end"] + info["start"] - span["start"]
     if got < span["duration"] - 0.15:
-        raise ValueError(f"declares {span['duration']:.2f} s of {stream.type}, of which {max(0, got):.2f} s "
-                         "could be decoded: cut off or damaged")
+        raise ValueError(f"declares {span['duration']:.2f} s of {stream.type}, of which "
+                         f"{max(0, got):.2f} s could be decoded: cut off or damaged")
 
 # %% ../nbs/23_media.ipynb #1ab8f3bf
 @_child
 @lru_cache(64)
 def _child_weights(n: int, low: float, length: float, size: int):
-    "How much of each of `size` equal cells of [low, low + length) each of n pixels covers: (size, n)."
+    "How much of each of `size` cells of [low, low + length) each of n pixels covers: (size, n)."
     edges, pixels = low + np.arange(size + 1) * (length / size), np.arange(n)
     cover = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
     return (cover.clip(0) / cover.clip(0).sum(1, keepdims=True)).astype(np.float32)
@@ -285,11 +292,13 @@ def _child_square(image, size: int, pixel_aspect: float=1.):
     "Centre square of the *shown* picture, averaged over areas: uint8 (h, w, 3) -> (size, size, 3)."
     h, w = image.shape[:2]
     side = min(h, w * pixel_aspect)
-    (top, tall), (left, wide) = (((h - side) / 2, side), ((w - side / pixel_aspect) / 2, side / pixel_aspect))
-    y0, y1, x0, x1 = math.floor(top), math.ceil(top + tall), math.floor(left), math.ceil(left + wide)
+    tall, wide = side, side / pixel_aspect
+    top, left = (h - tall) / 2, (w - wide) / 2
+    y0, y1 = math.floor(top), math.ceil(top + tall)
+    x0, x1 = math.floor(left), math.ceil(left + wide)
     part = image[y0:y1, x0:x1].astype(np.float32)
-    part = np.tensordot(_child_weights(y1 - y0, top - y0, tall, size), part, (1, 0))      # rows
-    part = np.tensordot(_child_weights(x1 - x0, left - x0, wide, size), part, (1, 1))     # columns, in front
+    part = np.tensordot(_child_weights(y1 - y0, top - y0, tall, size), part, (1, 0))  # (size, x, 3)
+    part = np.tensordot(_child_weights(x1 - x0, left - x0, wide, size), part, (1, 1))  # (x, y, 3)
     return (part.transpose(1, 0, 2) + 0.5).clip(0, 255).astype(np.uint8)
 
 
@@ -312,7 +321,7 @@ def _child_video(box, stream, ask: dict, info: dict, out) -> dict|None:
     for frame, time in _child_in_order(_child_frames(box, stream, zero, seen)):
         if time > ask["limits"]["max_duration"]: raise ValueError("is longer than is allowed")
         if held is None and ask["seek"] and time > ask["start"]: return None
-        while held is not None and (n is None or k < n) and ask["start"] + k / ask["fps"] < time - 5e-4:
+        while held is not None and k != n and ask["start"] + k / ask["fps"] < time - 5e-4:
             if picture is None: picture, rotation = _child_picture(held, aspect, ask)
             out.write(picture)
             k += 1
@@ -341,14 +350,14 @@ def _child_mono(frame):
 def _child_sound(box, stream, ask: dict, info: dict, out) -> dict|None:
     "Writes mono float32 at the file's own rate, each sample at its time; None if seeking missed."
     zero, rate, place = info["start"], info["audio"]["sample_rate"], None
-    first = max(0, math.floor((ask["start"] - 0.1) * rate))    # and a little more, for the resampler
+    first = max(0, math.floor((ask["start"] - 0.1) * rate))         # more, for the resampler
     last = math.ceil((ask["start"] + ask["sound_seconds"] + 0.1) * rate)
     filled, seen = first, {"n": 0, "end": 0., "whole": False}
     for frame, time in _child_frames(box, stream, zero, seen):
         if place is None and ask["seek"] and time > max(ask["start"] - 0.1, 0): return None
         if frame.sample_rate != rate: raise ValueError("changes its sample rate on the way")
         here = round(time * rate)
-        if place is None or abs(here - place) > 0.03 * rate: place = here     # a gap; less is rounding
+        if place is None or abs(here - place) > 0.03 * rate: place = here   # less is rounding
         x = _child_mono(frame)
         if place > filled: out.write(bytes(4 * (min(place, last) - filled)))
         filled = max(filled, min(place, last))
@@ -391,7 +400,7 @@ def _child_probe(ask: dict, out) -> dict:
 # %% ../nbs/23_media.ipynb #61f154cc
 @_child
 def _child_main(parts: dict) -> None:
-    "One request on the command line, the file on standard input, raw data out, one line of JSON on stderr."
+    "A request on the command line, the file on stdin, raw data to stdout, one JSON line to stderr."
     ask = json.loads(sys.argv[1])
     av.logging.set_level(av.logging.PANIC)
     out = _child_view(1)
@@ -399,18 +408,19 @@ def _child_main(parts: dict) -> None:
     _child_limit(ask)
     try: reply = parts["_child_" + ask["job"]](ask, out)
     except MemoryError: reply = {"error": "needs more memory than is allowed"}
-    except av.error.FFmpegError as e: reply = {"error": f"damaged, or not a known kind of media ({e.strerror})"}
+    except av.error.FFmpegError as e: reply = {"error": f"damaged, or no media file ({e.strerror})"}
     except Exception as e: reply = {"error": str(e) or type(e).__name__}
     os.write(2, ("\n" + json.dumps(reply)).encode())
 
 
 @lru_cache(4)
 def _child_program(parts: tuple) -> str:
-    "The source of the decoding process: what is marked `@_child`, and nothing else of this package."
+    "The source of the decoding process: what is marked `@_child`, nothing else of this package."
     head = ("import io, json, math, os, sys", "from fractions import Fraction",
-            "from functools import lru_cache", "import av, av.subtitles.codeccontext, av.subtitles.stream",
-            "import numpy as np")
-    body = ("def _child(part): return part", *map(inspect.getsource, parts), "_child_main(globals())")
+            "from functools import lru_cache", "import av, av.subtitles.codeccontext",
+            "import av.subtitles.stream, numpy as np")
+    body = ("def _child(part): return part", *map(inspect.getsource, parts),
+            "_child_main(globals())")
     return "\n".join(head) + "\n\n\n" + "\n\n".join(body)
 
 # %% ../nbs/23_media.ipynb #a669f4de
@@ -442,12 +452,14 @@ def _run_child(path, ask: dict, out, limits: MediaLimits) -> dict:
     env = {**os.environ, **{f"{x}_NUM_THREADS": "1" for x in ("OMP", "OPENBLAS", "MKL")}}
     program = _child_program(tuple(_CHILD_PARTS.values()))
     try:
-        done = subprocess.run([sys.executable, "-P", "-c", program, json.dumps(ask)], stdin=fd, stdout=out,
-                              stderr=subprocess.PIPE, env=env, timeout=ask["seconds"] + GRACE)
+        done = subprocess.run([sys.executable, "-P", "-c", program, json.dumps(ask)], stdin=fd,
+                              stdout=out, stderr=subprocess.PIPE, env=env,
+                              timeout=ask["seconds"] + GRACE)
         slow = done.returncode == -getattr(signal, "SIGXCPU", 0)
     except subprocess.TimeoutExpired: slow = True
     finally: os.close(fd)
-    if slow: raise MediaError(f"{_name(path)}: took longer than {math.ceil(ask['seconds'])} s to decode")
+    limit = math.ceil(ask["seconds"])
+    if slow: raise MediaError(f"{_name(path)}: took longer than {limit} s to decode")
     try: reply = dict(json.loads(done.stderr.splitlines()[-1]))
     except (ValueError, TypeError, IndexError):
         reply = {"error": f"the decoder stopped (exit code {done.returncode})"}
@@ -478,19 +490,19 @@ def _resample(mono: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
     return soxr.resample(mono, rate, sample_rate, quality="HQ")
 
 
-def _place(mono: np.ndarray, sound: dict, rate: int, *, start: float, sample_rate: int, n: int) -> np.ndarray:
-    "Exactly n samples from `start` on: cut from, or silence around, what the child found."
-    offset = round((start - sound["first"] / rate) * sample_rate)          # >= 0: samples before `start`
-    keep = max(0, min(n, round((sound["end"] - start) * sample_rate)))     # none after the stream's end
-    x = _resample(mono, rate, sample_rate)[offset:offset + keep]
-    return np.pad(x, (0, n - len(x))).astype(np.float32)
+def _place(mono: np.ndarray, sound: dict, rate: int, *, start: float, spec: ClipSpec) -> np.ndarray:
+    "Exactly spec.n_samples from `start` on, silent where the stream has ended."
+    offset = round((start - sound["first"] / rate) * spec.sample_rate)      # samples before `start`
+    keep = max(0, min(spec.n_samples, round((sound["end"] - start) * spec.sample_rate)))
+    x = _resample(mono, rate, spec.sample_rate)[offset:offset + keep]
+    return np.pad(x, (0, spec.n_samples - len(x))).astype(np.float32)
 
 # %% ../nbs/23_media.ipynb #124f0408
 def _decode(path, *, spec: ClipSpec, start: float, n_frames: int|None, limits: MediaLimits) -> Clip:
-    "Frames `start` + k / fps for k below `n_frames` (None: to the end of the file), and their sound."
+    "Frames at `start` + k / fps, k below `n_frames` (None: to the end), and their sound."
     span = limits.max_read if n_frames is None else n_frames / spec.fps
-    ask = {"job": "read", "start": start, "n_frames": n_frames, "fps": spec.fps, "size": spec.frame_size,
-           "sound_seconds": span, "seconds": limits.seconds + start + span,
+    ask = {"job": "read", "start": start, "n_frames": n_frames, "fps": spec.fps,
+           "size": spec.frame_size, "sound_seconds": span, "seconds": limits.seconds + start + span,
            "too_long": f"is longer than {limits.max_read:g} s, the most that is read at once",
            "max_bytes": int(3 * spec.frame_size**2 * (span * spec.fps + 2) + 1.6e6 * (span + 1))}
     with tempfile.TemporaryFile() as out:
@@ -499,32 +511,35 @@ def _decode(path, *, spec: ClipSpec, start: float, n_frames: int|None, limits: M
         ends = [x["end"] for x in (video, sound) if x]
         if not ends: raise MediaError(f"{_name(path)}: no frame and no sample could be decoded")
         if start >= max(ends):
-            raise MediaError(f"{_name(path)}: start {start:g} s is past its end ({max(ends):.2f} s)")
-        if n_frames is None: n_frames = video["n"] if video else max(1, math.ceil(ends[0] * spec.fps - 0.01))
-        out.seek(0)
+            end = f"{max(ends):.2f} s"
+            raise MediaError(f"{_name(path)}: start {start:g} s is past its end ({end})")
+        whole = video["n"] if video else max(1, math.ceil(ends[0] * spec.fps - 0.01))
+        n_frames = n_frames or whole
         found = max(0., min(ends[0] - start, n_frames / spec.fps))
+        out.seek(0)
         return _to_clip(out, _media_info(reply), (video, sound), spec=spec.with_frames(n_frames),
                         start=start, found=found)
 
 
 def _to_clip(out, info: MediaInfo, parts, *, spec: ClipSpec, start: float, found: float) -> Clip:
     "The raw bytes of the child, whose sizes we compute and never take from it."
-    (video, sound), shape, wave = parts, (spec.n_frames, spec.frame_size, spec.frame_size, 3), None
+    (video, sound), picture, wave = parts, None, None
+    shape = (spec.n_frames, spec.frame_size, spec.frame_size, 3)
     if video:
         raw = np.frombuffer(bytearray(out.read(math.prod(shape))), np.uint8)
         picture = torch.from_numpy(raw.reshape(shape))
     if sound:
-        mono, rate = np.frombuffer(out.read(4 * sound["samples"]), np.float32), info.audio.sample_rate
-        wave = _place(mono, sound, rate, start=start, sample_rate=spec.sample_rate, n=spec.n_samples)
-    return Clip(picture if video else None, None if wave is None else torch.from_numpy(wave), start, found,
-                video["rotation"] if video else 0, info)
+        mono = np.frombuffer(out.read(4 * sound["samples"]), np.float32)
+        wave = torch.from_numpy(_place(mono, sound, info.audio.sample_rate, start=start, spec=spec))
+    rotation = video["rotation"] if video else 0
+    return Clip(picture, wave, start, found, rotation, info)
 
 # %% ../nbs/23_media.ipynb #d660523f
 def read_clip(
-    path: str|Path,                  # a local file: any container, codec, rate, rotation, channel layout
+    path: str|Path,                  # a local file of any rate, rotation, channel layout
     *,
-    spec: ClipSpec,                  # its `n_frames`, `fps`, `frame_size`, `n_samples`, `sample_rate`
-    start: float=0.,                 # s on the presentation time line, whose 0 is the earliest first pts
+    spec: ClipSpec,                  # its `n_frames`, `fps`, `frame_size`, `sample_rate`
+    start: float=0.,                 # s after the earliest first pts of its streams
     limits: MediaLimits|None=None,   # what is refused
 ) -> Clip:                           # of exactly spec.n_frames frames and spec.n_samples samples
     "Exactly one clip: frames by their times (the last one held), sound padded with silence."
@@ -538,13 +553,13 @@ def read_media(
     *,
     spec: ClipSpec,                  # its `fps`, `frame_size` and `sample_rate`; not its length
     limits: MediaLimits|None=None,   # `max_read` bounds the length
-) -> Clip:                           # of ceil(duration x fps) frames and the samples that go with them
+) -> Clip:                           # of ceil(duration x fps) frames and as many samples
     "The whole file as one long clip, as long as its video (else its sound)."
     return _decode(path, spec=spec, start=0., n_frames=None, limits=limits or MediaLimits())
 
 # %% ../nbs/23_media.ipynb #c8e3ad77
 def _publish(part: Path, path: Path, overwrite: bool) -> None:
-    "Gives a complete file its name; without `overwrite` nothing can be replaced, not even in a race."
+    "Gives a complete file its name; without `overwrite` nothing is replaced, not even in a race."
     if overwrite: return os.replace(part, path)
     try: os.link(part, path)                        # unlike a rename, this fails where a file is
     except FileExistsError: raise
@@ -565,14 +580,15 @@ def _new_file(path, overwrite: bool) -> Iterator:  # yields an open binary file
             os.fsync(f.fileno())
         _publish(part, path, overwrite)
     except FileExistsError: raise MediaError(taken) from None
-    except OSError as e: raise MediaError(f"{_name(path)}: cannot be written ({e.strerror or e})") from None
+    except OSError as e:
+        raise MediaError(f"{_name(path)}: cannot be written ({e.strerror or e})") from None
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/23_media.ipynb #88dabef0
 def write_clip(
     path: str|Path,            # of the new mp4 file
     video: Tensor,             # uint8 (f, h, w, 3)
-    waveform: Tensor|None,     # float (samples,) in [-1, 1], cut or padded to the video's length; None: no sound
+    waveform: Tensor|None,     # float (samples,) in [-1, 1], as long as the video; None: silent
     *,
     spec: ClipSpec,            # its `fps` and `sample_rate`
     overwrite: bool=False,     # replace a file of this name
@@ -606,7 +622,8 @@ def _child_packets(box, stream, zero: float) -> dict:
     fits, end, n, codec = True, 0., 0, stream.codec_context
     for packet in box.demux(stream):
         if not packet.size: continue
-        fits &= None not in (packet.pts, packet.dts) and not packet.is_discard and not packet.is_corrupt
+        fits &= None not in (packet.pts, packet.dts)
+        fits &= not packet.is_discard and not packet.is_corrupt
         if packet.pts is not None:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base) - zero)
         n += 1
@@ -617,7 +634,8 @@ def _child_packets(box, stream, zero: float) -> dict:
 @_child
 def _child_sink():
     rules = {"movflags": "+faststart", "fflags": "+bitexact"}
-    return av.open(_child_view(1), "w", format="mp4", options=rules, io_open=lambda *_: _child_view(1))
+    return av.open(_child_view(1), "w", format="mp4", options=rules,
+                   io_open=lambda *_: _child_view(1))
 
 
 @_child
@@ -648,7 +666,8 @@ def _child_copy(box, stream, ask: dict, zero: float, end: float) -> None:
 @_child
 def _child_h264(sink, frame, stream):
     "An H.264 stream for pictures like `frame`: even sides, the same rotation and pixel shape."
-    target = sink.add_stream("libx264", rate=30, options={"crf": "20", "preset": "veryfast", "bf": "0"})
+    options = {"crf": "20", "preset": "veryfast", "bf": "0"}
+    target = sink.add_stream("libx264", rate=30, options=options)
     target.width, target.height = (max(2, n // 2 * 2) for n in (frame.width, frame.height))
     target.pix_fmt, target.codec_context.time_base = "yuv420p", Fraction(1, 90_000)
     target.codec_context.thread_count = 1
@@ -690,7 +709,7 @@ def _child_recode(box, stream, ask: dict, zero: float) -> dict:
         _child_encode(sink, sound, ask, seen["end"])
     return {"n": seen["n"], "end": seen["end"]}
 
-# %% ../nbs/23_media.ipynb #76a45a1e
+# %% ../nbs/23_media.ipynb #766660a2
 @_child
 def _child_scan(ask: dict, out=None) -> dict:
     "A file with video, gone through packet by packet: how many, until when, fit to be copied?"
@@ -715,31 +734,32 @@ def _child_mux(ask: dict, out) -> dict:
         else: scan |= _child_recode(box, video, ask, zero)
     return {**scan, "copied": copied}
 
-# %% ../nbs/23_media.ipynb #766660a2
+# %% ../nbs/23_media.ipynb #a8cde440
 def _mux_once(video_path, ask: dict, f, *, copy: bool, limits: MediaLimits) -> bool:
     "Has the child written all frames, up to the same moment, and a sound that ends with them?"
     f.truncate(0)
     reply = _run_child(video_path, {**ask, "job": "mux", "copy": copy}, f, limits)
-    with tempfile.TemporaryFile() as out: made = _run_child(f.name, {**ask, "job": "scan"}, out, limits)
+    with tempfile.TemporaryFile() as out:
+        made = _run_child(f.name, {**ask, "job": "scan"}, out, limits)
     sound = made["info"]["audio"]
     ends = (made["end"], (sound["duration"] or 0) + sound["start"]) if sound else (0,)
     return made["n"] == reply["n"] and max(abs(end - reply["end"]) for end in ends) < 0.03
 
 
 def mux_audio(
-    video_path: str|Path,            # a local file with a video stream; any sound of its own is left out
-    waveform: Tensor,                # float (samples,) in [-1, 1]; it starts at 0 of the presentation time line
+    video_path: str|Path,            # a local file with a video stream; its own sound is left out
+    waveform: Tensor,                # float (samples,) in [-1, 1], from the earliest first pts on
     out_path: str|Path,              # of the new mp4 file
     *,
     spec: ClipSpec,                  # its `sample_rate`
     overwrite: bool=False,           # replace a file of this name
     limits: MediaLimits|None=None,   # what is refused
 ) -> Path:                           # of the file
-    "The video, as it was, with a new sound as long as itself; only what mp4 or browsers refuse is recoded."
+    "The video as it was with a new sound of its length; recoded only if mp4 or browsers refuse it."
     limits = limits or MediaLimits()
-    wave = check_finite("waveform", check_shape("waveform", waveform, "t")).detach().cpu().float().numpy()
+    wave = check_finite("waveform", check_shape("waveform", waveform, "t")).detach().cpu()
     with _new_file(out_path, overwrite) as f, tempfile.NamedTemporaryFile(suffix=".f32") as raw:
-        raw.write(np.ascontiguousarray(wave, np.float32).tobytes())
+        raw.write(wave.float().numpy().tobytes())
         raw.flush()
         length = probe(video_path, limits=limits).duration or limits.max_read
         ask = {"wave": raw.name, "rate": spec.sample_rate, "seconds": limits.seconds + 8 * length,
@@ -749,7 +769,7 @@ def mux_audio(
         else: raise MediaError(f"{_name(video_path)}: its video could not be carried over whole")
     return Path(out_path)
 
-# %% ../nbs/23_media.ipynb #66af9ce7
+# %% ../nbs/23_media.ipynb #11dbeda8
 def windows(
     n_frames: int,        # of the long video, at least 1
     spec: ClipSpec,       # its `n_frames` is a window's length
@@ -773,7 +793,7 @@ def frame_window(
     check_range("start", start, 0, len(video) - 1)
     return video[torch.arange(start, start + n_frames).clamp(max=len(video) - 1)]
 
-# %% ../nbs/23_media.ipynb #57120ac1
+# %% ../nbs/23_media.ipynb #390c2ceb
 def linear_fade(
     n: int,       # samples of an overlap
 ) -> Tensor:      # (n,) rising, in (0, 1)
@@ -784,7 +804,7 @@ def linear_fade(
 def power_fade(
     n: int,       # samples of an overlap
 ) -> Tensor:      # (n,) rising, in (0, 1)
-    "A ramp whose square and its mirror's add up to 1: keeps the loudness of pieces that have nothing in common."
+    "A ramp whose square and its mirror's add up to 1: for pieces that have nothing in common."
     return torch.sin(linear_fade(n) * torch.pi / 2)
 
 
@@ -796,7 +816,8 @@ def crossfade(
 ) -> Tensor:                    # (..., samples)
     "One sound from overlapping pieces: where two overlap, one fades out while the next fades in."
     if not len(pieces) or len(pieces) != len(starts):
-        raise ValueError(f"pieces and starts must be equally many and at least one, got {len(pieces)} and {len(starts)}")
+        raise ValueError(f"pieces and starts must be equally many and at least one, "
+                         f"got {len(pieces)} and {len(starts)}")
     joined = pieces[0]
     for piece, start in zip(pieces[1:], np.subtract(starts[1:], starts[0]).tolist()):
         n = joined.shape[-1] - start

@@ -11,17 +11,18 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
-from .blocks import (AudioConv, AudioResBlock, ColumnNorm, FrameNorm, SpatialAttention, SpatialConv,
-                         TimeEmbedding, VideoResBlock, channels_last, double_audio, double_video, halve_audio,
-                         halve_video, zero_init)
+from .blocks import (AudioConv, AudioResBlock, ColumnNorm, FrameNorm, SpatialAttention,
+                         SpatialConv, TimeEmbedding, VideoResBlock, channels_last, double_audio,
+                         double_video, halve_audio, halve_video, zero_init)
 from .core import ClipSpec, check_range, check_shape
 from .fusion import get_fusion
 
-# %% ../nbs/32_unet.ipynb #b2f5043d
+# %% ../nbs/32_unet.ipynb #44143d0c
+# for the toy world, with some minutes of a GPU, or of one CPU core
 SMALL = dict(video_channels=(64, 96), audio_channels=(160, 288), attention_levels=(1,), head_dim=32,
-             time_embed_dim=192, clip=ClipSpec.toy())   # for the toy world, with some minutes of a GPU
+             time_embed_dim=192, clip=ClipSpec.toy())
 TINY = dict(video_channels=(32, 64), audio_channels=(96, 128), attention_levels=(1,), head_dim=32,
-            time_embed_dim=96, clip=ClipSpec.toy())     # for the toy world, with some minutes of one CPU core
+            time_embed_dim=96, clip=ClipSpec.toy())
 
 
 def _check_config(c: "UNetConfig") -> None:
@@ -29,16 +30,17 @@ def _check_config(c: "UNetConfig") -> None:
         check_range(f"UNetConfig.{name}", getattr(c, name), 1e-6 if name == "mel_std" else 1)
     check_range("UNetConfig.audio_snr_scale", c.audio_snr_scale, 1e-6, 1e6)
     if not c.video_channels or len(c.video_channels) != len(c.audio_channels):
-        raise ValueError("UNetConfig.video_channels and audio_channels must have one number per level each, "
-                         f"got {c.video_channels} and {c.audio_channels}")
+        raise ValueError("UNetConfig.video_channels and audio_channels must have one number per "
+                         f"level each, got {c.video_channels} and {c.audio_channels}")
     if c.audio_channels[0] < c.n_mels:
-        raise ValueError(f"UNetConfig.audio_channels must begin with at least n_mels={c.n_mels} (the noise in "
-                         f"every bin has to pass), got {c.audio_channels[0]}")
+        raise ValueError(f"UNetConfig.audio_channels must begin with at least n_mels={c.n_mels} "
+                         f"(the noise in every bin has to pass), got {c.audio_channels[0]}")
     if any(level not in range(c.n_levels) for level in c.attention_levels):
-        raise ValueError(f"UNetConfig.attention_levels must be from 0 to {c.n_levels - 1}, got {c.attention_levels}")
+        raise ValueError(f"UNetConfig.attention_levels must be from 0 to {c.n_levels - 1}, "
+                         f"got {c.attention_levels}")
     get_fusion(c.fusion)
 
-# %% ../nbs/32_unet.ipynb #44143d0c
+# %% ../nbs/32_unet.ipynb #2db6ca24
 @dataclass(frozen=True)
 class UNetConfig:
     "Every choice behind a CMMD network and the data it was trained on; stored beside its weights."
@@ -47,13 +49,13 @@ class UNetConfig:
     video_channels: tuple[int, ...] = (128, 256, 384, 512)  # per level (CMMD Table 4)
     audio_channels: tuple[int, ...] = (128, 256, 384, 512)  # per level; the first at least n_mels
     n_blocks: int = 2                                       # residual blocks per level, each way
-    attention_levels: tuple[int, ...] = (2, 3)              # where the streams meet; they do in the middle, too
+    attention_levels: tuple[int, ...] = (2, 3)              # where streams meet, beside the middle
     head_dim: int = 64                                      # of an attention head (CMMD Table 4)
     time_embed_dim: int = 512                               # of the embedding of t
     fusion: str = "easy"                                    # a key of cmmd.fusion.FUSIONS
     num_train_steps: int = 1000                             # t runs from 0 to num_train_steps - 1
-    audio_snr_scale: float = 1 / 40                         # s2: the sound's signal-to-noise ratio over the video's
-    mel_mean: float = -2.9                                  # log10; the network sees (mel - mel_mean) / mel_std
+    audio_snr_scale: float = 1 / 40                         # s2: the sound's SNR over the video's
+    mel_mean: float = -2.9                                  # log10; seen as (mel - mean) / std
     mel_std: float = 1.4                                    # log10
     vae: str = "sd-vae-ft-mse"                              # whose latents it was trained on
     clip: ClipSpec = field(default_factory=ClipSpec)        # of the clips it was trained on
@@ -67,22 +69,22 @@ class UNetConfig:
     def n_levels(self) -> int: return len(self.video_channels)
     def to_dict(self) -> dict: return asdict(self)          # nested, ready for JSON
     @classmethod
-    def from_dict(cls, values: dict) -> "UNetConfig":       # the inverse; refuses what it does not know
+    def from_dict(cls, values: dict) -> "UNetConfig":  # refuses what it does not know
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown: raise ValueError(f"UNetConfig has no field {', '.join(sorted(unknown))}")
         return cls(**values)
     @classmethod
-    def paper(cls, **changes) -> "UNetConfig": return cls(**changes)                 # 106M parameters
+    def paper(cls, **changes) -> "UNetConfig": return cls(**changes)             # 106M
     @classmethod
-    def small(cls, **changes) -> "UNetConfig": return cls(**(SMALL | changes))       # 9.0M
+    def small(cls, **changes) -> "UNetConfig": return cls(**(SMALL | changes))   # 9.0M
     @classmethod
-    def tiny(cls, **changes) -> "UNetConfig": return cls(**(TINY | changes))         # 2.5M
+    def tiny(cls, **changes) -> "UNetConfig": return cls(**(TINY | changes))     # 2.5M
 
-# %% ../nbs/32_unet.ipynb #597cf6dc
+# %% ../nbs/32_unet.ipynb #7353a180
 class JointBlock(nn.Module):
-    "A residual block of each stream; where asked, then spatial attention and the fusion of the two."
+    "A residual block of each stream; where asked, spatial attention and the fusion of the two."
     def __init__(self,
-        config: UNetConfig,
+        config: UNetConfig,      # of the network
         *,
         video: tuple[int, int],  # channels in and out
         audio: tuple[int, int],  # channels in and out
@@ -91,8 +93,10 @@ class JointBlock(nn.Module):
         super().__init__()
         self.video = VideoResBlock(*video, config.time_embed_dim)
         self.audio = AudioResBlock(*audio, config.time_embed_dim)
-        self.spatial = SpatialAttention(video[1], config.head_dim) if attention else None
-        self.fusion = get_fusion(config.fusion)(video[1], audio[1], config.head_dim) if attention else None
+        self.spatial = self.fusion = None
+        if not attention: return
+        self.spatial = SpatialAttention(video[1], config.head_dim)
+        self.fusion = get_fusion(config.fusion)(video[1], audio[1], config.head_dim)
 
     def forward(self,
         video: Tensor,             # (b, f, c, h, w)
@@ -104,9 +108,9 @@ class JointBlock(nn.Module):
         if self.fusion is None: return video, audio
         return self.fusion(self.spatial(video), audio, columns_per_frame)
 
-# %% ../nbs/32_unet.ipynb #7b061874
+# %% ../nbs/32_unet.ipynb #744e9a5a
 def check_inputs(
-    config: UNetConfig,
+    config: UNetConfig,  # of the network
     video: Tensor,  # (b, f, latent_channels, h, w)
     *,
     audio: Tensor,  # (b, n_mels, t)
@@ -117,12 +121,13 @@ def check_inputs(
     check_shape("audio", audio, "b c t", b=len(video), c=config.n_mels)
     if not isinstance(t, Tensor) or t.dtype != torch.int64:
         raise TypeError(f"t must be an int64 tensor, got {getattr(t, 'dtype', type(t).__name__)}")
-    if t.shape != (len(video),): raise ValueError(f"t must have shape (b={len(video)},), got {tuple(t.shape)}")
-    factor = 2 ** (config.n_levels - 1)
-    if video.shape[-1] % factor or video.shape[-2] % factor:
-        raise ValueError(f"video height and width must be multiples of {factor}, got {tuple(video.shape[-2:])}")
+    if t.shape != (len(video),):
+        raise ValueError(f"t must have shape (b={len(video)},), got {tuple(t.shape)}")
+    factor, size = 2 ** (config.n_levels - 1), tuple(video.shape[-2:])
+    if size[0] % factor or size[1] % factor:
+        raise ValueError(f"video height and width must be multiples of {factor}, got {size}")
 
-# %% ../nbs/32_unet.ipynb #e591d2b7
+# %% ../nbs/32_unet.ipynb #851bd000
 class UNetBase(ModelMixin, ConfigMixin):
     "A diffusers model (save_pretrained, from_pretrained) whose `.config` is a `UNetConfig`."
     config_name = "config.json"
@@ -147,37 +152,47 @@ class UNetBase(ModelMixin, ConfigMixin):
         model = cls(UNetConfig.from_dict(values))
         return (model, unused) if return_unused_kwargs else model
 
-    def run(self, blocks: nn.ModuleList, video: Tensor, *, audio: Tensor, time: Tensor, columns_per_frame: float):
+    def run(self,
+        blocks: nn.ModuleList,       # of one level
+        streams: tuple[Tensor, Tensor],  # (b, f, c, h, w), (b, c, t)
+        time: Tensor,                # (b, time_embed_dim)
+        columns_per_frame: float,    # at this level, in time
+    ) -> tuple[Tensor, Tensor]:      # both streams
         "Both streams through all blocks of a level."
         for block in blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                video, audio = self._gradient_checkpointing_func(block, video, audio, time, columns_per_frame)
-            else: video, audio = block(video, audio, time, columns_per_frame)
-        return video, audio
+                recompute = self._gradient_checkpointing_func
+                streams = recompute(block, *streams, time, columns_per_frame)
+            else: streams = block(*streams, time, columns_per_frame)
+        return streams
 
 
 def _level(config: UNetConfig, before: int, here: int, attention: list[bool]) -> nn.ModuleList:
-    "A block per entry of `attention`; the first goes from the channels of level `before` to those of `here`."
+    "A block per entry of `attention`; the first goes from level `before`'s channels to `here`'s."
     def widths(c): return [(c[before], c[here])] + [(c[here], c[here])] * (len(attention) - 1)
     rows = zip(widths(config.video_channels), widths(config.audio_channels), attention)
-    return nn.ModuleList(JointBlock(config, video=v, audio=a, attention=meet) for v, a, meet in rows)
+    blocks = [JointBlock(config, video=v, audio=a, attention=meet) for v, a, meet in rows]
+    return nn.ModuleList(blocks)
 
-# %% ../nbs/32_unet.ipynb #851bd000
+# %% ../nbs/32_unet.ipynb #d755d074
 class CMMDUNet(UNetBase):
-    "The network of CMMD (App. B): two U-Nets, of video latents and of mel columns, joined by a fusion."
+    "The network of CMMD (App. B): U-Nets of video latents and of mel columns, joined by a fusion."
     def __init__(self,
         config: UNetConfig,  # all sizes
     ):
         super().__init__(config)
-        c, last, (video, audio) = config, config.n_levels - 1, (config.video_channels, config.audio_channels)
+        c, last = config, config.n_levels - 1
+        video, audio = c.video_channels[0], c.audio_channels[0]
         self.time_embedding = TimeEmbedding(c.time_embed_dim)
-        self.video_in, self.audio_in = SpatialConv(c.latent_channels, video[0]), AudioConv(c.n_mels, audio[0])
+        self.video_in = SpatialConv(c.latent_channels, video)
+        self.audio_in = AudioConv(c.n_mels, audio)
         meet = [[i in c.attention_levels] * c.n_blocks for i in range(last + 1)]
         self.down = nn.ModuleList(_level(c, max(i - 1, 0), i, meet[i]) for i in range(last + 1))
         self.middle = _level(c, last, last, [True, False])
         self.up = nn.ModuleList(_level(c, i, max(i - 1, 0), meet[i]) for i in range(last, -1, -1))
-        self.video_norm, self.video_out = FrameNorm(video[0]), zero_init(SpatialConv(video[0], c.latent_channels))
-        self.audio_norm, self.audio_out = ColumnNorm(audio[0]), zero_init(AudioConv(audio[0], c.n_mels))
+        self.video_norm, self.audio_norm = FrameNorm(video), ColumnNorm(audio)
+        self.video_out = zero_init(SpatialConv(video, c.latent_channels))
+        self.audio_out = zero_init(AudioConv(audio, c.n_mels))
 
     def forward(self,
         video: Tensor,  # (b, f, c, h, w), noised latents
@@ -190,13 +205,13 @@ class CMMDUNet(UNetBase):
         video, audio = self.video_in(channels_last(video)), self.audio_in(channels_last(audio))
         for i, blocks in enumerate(self.down):
             if i: video, audio = halve_video(video), halve_audio(audio)
-            video, audio = self.run(blocks, video, audio=audio, time=time, columns_per_frame=ratio / 2**i)
+            video, audio = self.run(blocks, (video, audio), time, ratio / 2**i)
             skips.append((video, audio))
-        video, audio = self.run(self.middle, video, audio=audio, time=time, columns_per_frame=ratio / 2**i)
+        video, audio = self.run(self.middle, (video, audio), time, ratio / 2**i)
         for i, blocks in zip(range(len(skips) - 1, -1, -1), self.up):
             skip = skips[i]
-            if i < len(skips) - 1: video, audio = double_video(video), double_audio(audio, skip[1].shape[-1])
-            video, audio = self.run(blocks, video + skip[0], audio=audio + skip[1], time=time,
-                                    columns_per_frame=ratio / 2**i)
+            if i < len(skips) - 1:
+                video, audio = double_video(video), double_audio(audio, skip[1].shape[-1])
+            video, audio = self.run(blocks, (video + skip[0], audio + skip[1]), time, ratio / 2**i)
         return (self.video_out(F.silu(self.video_norm(video))).contiguous(),
                 self.audio_out(F.silu(self.audio_norm(audio))).contiguous())

@@ -10,6 +10,7 @@ import base64
 import io
 import math
 import tempfile
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mir_eval.util import match_events
+from numpy.typing import ArrayLike
 from PIL import Image
 from scipy.optimize import isotonic_regression
 from torch import Tensor
@@ -59,8 +61,8 @@ def to_png(
 
 # %% ../nbs/01_viz.ipynb #dd9c699a
 def to_numpy(
-    array,        # a torch tensor of any kind on any device, or anything numpy takes
-) -> np.ndarray:  # the same values on the CPU
+    array: ArrayLike|Tensor,  # a tensor of any kind on any device, or anything numpy takes
+) -> np.ndarray:              # the same values on the CPU
     "The values as a numpy array, without gradient; bfloat16 becomes float32."
     if not isinstance(array, Tensor): return np.asarray(array)
     array = array.detach().cpu()
@@ -138,15 +140,15 @@ def _check_image(i: int, image) -> np.ndarray:
 
 # %% ../nbs/01_viz.ipynb #438dd49d
 def image_grid(
-    images,                    # list of (h, w, 3) uint8 or float in [0, 1], or (h, w) of any values
-    titles=None,               # one short text per image
+    images: Iterable[ArrayLike],      # (h, w, 3) uint8 or float in [0, 1], or (h, w) of any values
+    titles: Sequence[str]|None=None,  # one short text per image
     *,
-    n_columns: int|None=None,  # default: all in one row, at most 9
-    title: str|None=None,      # the finding
-    cmap: str="gray",          # of the (h, w) ones
-    vmin: float|None=None,     # darkest value of the (h, w) ones; default: each picture's own
-    vmax: float|None=None,     # brightest value
-) -> Chart:                    # shown by a notebook as its cell's last value
+    n_columns: int|None=None,         # default: all in one row, at most 9
+    title: str|None=None,             # the finding
+    cmap: str="gray",                 # of the (h, w) ones
+    vmin: float|None=None,            # darkest value of the (h, w) ones; default: each one's own
+    vmax: float|None=None,            # brightest value
+) -> Chart:                           # shown by a notebook as its cell's last value
     "Pictures in a grid without axes, each under its title."
     images = [_check_image(i, image) for i, image in enumerate(images)]
     if not images: raise ValueError("images must hold at least one picture, got none")
@@ -178,7 +180,7 @@ def _spread(places: np.ndarray, least: float) -> np.ndarray:
 
 
 def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    "Labels (x, y, text, colour) right of the axes, at the height where their curve ends, kept apart."
+    "Labels (x, y, text, colour) right of the axes, at the height of their curve's end, kept apart."
     ax.get_xlim(), ax.get_ylim()                                # makes pending limits final
     pixels = ax.transData.transform([(x, y) for x, y, _, _ in ends])
     box = ax.get_window_extent()
@@ -205,7 +207,7 @@ def _check_curve(name: str, given, n: int) -> list[np.ndarray]:
 
 # %% ../nbs/01_viz.ipynb #bbfe340a
 def curves(
-    x,                         # (k,) values, shared by all curves
+    x: ArrayLike,              # (k,) values, shared by all curves
     series: dict,              # label -> y (k,), or (y, low, high) for a band
     *,
     xlabel: str,               # with its unit
@@ -237,11 +239,11 @@ def curves(
 
 # %% ../nbs/01_viz.ipynb #03c01de4
 def label_events(
-    true,                    # (k,) s
-    generated,               # (m,) s
+    true: ArrayLike,         # (k,) s
+    generated: ArrayLike,    # (m,) s
     tolerance: float=0.1,    # s, how far a hit may lie from its true event (CMMD sec. 3.2: 0.1)
-) -> dict[str, np.ndarray]:  # "hit" and "false": generated times, "missed": true times; ascending, s
-    "Events sorted into hit, false and missed by the largest one-to-one matching within the tolerance."
+) -> dict[str, np.ndarray]:  # generated times "hit" and "false", true ones "missed"; s, ascending
+    "Events sorted into hit, false and missed by the largest one-to-one matching in the tolerance."
     true, generated = _finite("true", true, 1), _finite("generated", generated, 1)
     true, generated = np.sort(true), np.sort(generated)
     check_range("tolerance", tolerance, 0)
@@ -252,7 +254,7 @@ def label_events(
 
 # %% ../nbs/01_viz.ipynb #0378c70e
 def _mark(axes: list[Axes], times, state: str) -> None:
-    "A line through every axes at `times` and a marker: true events at the top, others at the bottom."
+    "A line through every axes at `times` and a marker: true ones at the top, others at the bottom."
     colour, solid = COLOURS[state], state == "true"
     halo = [patheffects.withStroke(linewidth=2.3, foreground="white", alpha=0.8)]
     for ax in axes if state != "missed" else []:
@@ -260,7 +262,8 @@ def _mark(axes: list[Axes], times, state: str) -> None:
             ax.axvline(time, color=colour, lw=1.2, path_effects=halo, zorder=5,
                        ls="-" if solid else (0, (3, 2)))
     ax, y, shift = (axes[0], 1, 6) if solid else (axes[-1], 0, -6)
-    where = mpl.transforms.offset_copy(ax.get_xaxis_transform(), ax.figure, 0, shift, units="points")
+    where = mpl.transforms.offset_copy(ax.get_xaxis_transform(), ax.figure, y=shift,
+                                       units="points")
     ax.plot(times, np.full(len(times), y), MARKS[state], transform=where, ms=7, clip_on=False,
             zorder=6, mec=colour, mfc="white" if state == "missed" else colour, mew=1.4)
 
@@ -309,14 +312,14 @@ def _strip_height(video: np.ndarray, n_show: int|None) -> float:
 
 
 def film_strip(
-    video,                   # uint8 (f, h, w, 3), numpy or torch
+    video: np.ndarray|Tensor,     # uint8 (f, h, w, 3)
     *,
-    spec: ClipSpec,          # its `fps` places the frames
-    events=None,             # (k,) s, marked across the frames
-    title: str|None=None,    # the finding
-    ax: Axes|None=None,      # draw here; default: a new chart
-    n_show: int|None=None,   # at most so many frames, evenly spaced; default 18
-) -> Figure:                 # the chart
+    spec: ClipSpec,               # its `fps` places the frames
+    events: ArrayLike|None=None,  # (k,) s, marked across the frames
+    title: str|None=None,         # the finding
+    ax: Axes|None=None,           # draw here; default: a new chart
+    n_show: int|None=None,        # at most so many frames, evenly spaced; default 18
+) -> Figure:                      # the chart
     "Frames side by side, each with its left edge at the moment it was taken, on an axis in s."
     video, fig, fps = _check_video(video), None, _check_spec(spec).fps
     step = _stride(len(video), n_show)
@@ -358,17 +361,17 @@ def _draw_mel(ax: Axes, mel: np.ndarray, spec: ClipSpec, vmin, vmax) -> None:
 
 # %% ../nbs/01_viz.ipynb #e19c19b6
 def show_mel(
-    log_mel,                 # (n_mels, t) log10 magnitude
+    log_mel: ArrayLike,              # (n_mels, t) log10 magnitude
     *,
-    spec: ClipSpec,          # its rates and mel range label the axes
-    events=None,             # (k,) s, true ones, marked above
-    generated=None,          # (m,) s, marked below as hit (within 100 ms), false or missed
-    title: str|None=None,    # the finding
-    ax: Axes|None=None,      # draw here; default: a new chart
-    vmin: float|None=None,   # darkest value; default: the picture's lowest
-    vmax: float|None=None,   # brightest value; default: its highest, at least vmin + 1
-) -> Figure:                 # the chart
-    "A log-mel picture on an axis in seconds, its bands labelled in Hz (CMMD sec. 3: 80 bands, 16 ms)."
+    spec: ClipSpec,                  # its rates and mel range label the axes
+    events: ArrayLike|None=None,     # (k,) s, true ones, marked above
+    generated: ArrayLike|None=None,  # (m,) s, marked below as hit (within 100 ms), false or missed
+    title: str|None=None,            # the finding
+    ax: Axes|None=None,              # draw here; default: a new chart
+    vmin: float|None=None,           # darkest value; default: the picture's lowest
+    vmax: float|None=None,           # brightest value; default: its highest, at least vmin + 1
+) -> Figure:                         # the chart
+    "A log-mel picture over seconds, its bands labelled in Hz (CMMD sec. 3: 80 bands, 16 ms)."
     mel, fig, spec = _check_mel(log_mel), None, _check_spec(spec)
     marks, below = events is not None, generated is not None
     with mpl.rc_context(STYLE):
@@ -387,14 +390,14 @@ def _envelope(waveform: np.ndarray, n: int=900) -> tuple[np.ndarray, np.ndarray,
 
 
 def show_waveform(
-    waveform,                # (samples,) in [-1, 1]
+    waveform: ArrayLike,             # (samples,) in [-1, 1]
     *,
-    spec: ClipSpec,          # its `sample_rate` places the samples
-    events=None,             # (k,) s, true ones, marked above
-    generated=None,          # (m,) s, marked below as hit (within 100 ms), false or missed
-    title: str|None=None,    # the finding
-    ax: Axes|None=None,      # draw here; default: a new chart
-) -> Figure:                 # the chart
+    spec: ClipSpec,                  # its `sample_rate` places the samples
+    events: ArrayLike|None=None,     # (k,) s, true ones, marked above
+    generated: ArrayLike|None=None,  # (m,) s, marked below as hit (within 100 ms), false or missed
+    title: str|None=None,            # the finding
+    ax: Axes|None=None,              # draw here; default: a new chart
+) -> Figure:                         # the chart
     "A waveform's envelope (lowest and highest sample of each pixel) on an axis in seconds."
     wave, fig, rate = _check_wave(waveform), None, _check_spec(spec).sample_rate
     first, low, high = _envelope(wave)
@@ -419,16 +422,16 @@ def _draw_sound(ax: Axes, sound: np.ndarray, spec: ClipSpec, vmin=None, vmax=Non
 
 
 def clip_figure(
-    video,                   # uint8 (f, h, w, 3)
-    sound,                   # (n_mels, t) log-mel, or (samples,) waveform
+    video: np.ndarray|Tensor,        # uint8 (f, h, w, 3)
+    sound: np.ndarray|Tensor,        # (n_mels, t) log-mel, or (samples,) waveform
     *,
-    spec: ClipSpec,          # its rates place both on one axis in seconds
-    events=None,             # (k,) s, true ones, marked above
-    generated=None,          # (m,) s, marked below as hit, false or missed
-    tolerance: float=0.1,    # s, how far a hit may lie from its true event
-    title: str|None=None,    # the finding
-    n_show: int|None=None,   # at most so many frames; default 18
-) -> Chart:                  # shown by a notebook as its cell's last value
+    spec: ClipSpec,                  # its rates place both on one axis in seconds
+    events: ArrayLike|None=None,     # (k,) s, true ones, marked above
+    generated: ArrayLike|None=None,  # (m,) s, marked below as hit, false or missed
+    tolerance: float=0.1,            # s, how far a hit may lie from its true event
+    title: str|None=None,            # the finding
+    n_show: int|None=None,           # at most so many frames; default 18
+) -> Chart:                          # shown by a notebook as its cell's last value
     "Film strip above, sound below, on one time axis in seconds, with event marks across both."
     video, sound, below = _check_video(video), _check_sound(sound), generated is not None
     heights = [_strip_height(video, n_show), 1.7 if sound.ndim == 2 else 1.1]
@@ -447,14 +450,15 @@ def _check_rows(rows) -> list[tuple]:  # (label, video or None, sound or None, e
     rows = list(rows)
     for i, row in enumerate(rows):
         if not isinstance(row, (tuple, list)) or len(row) != 4 or row[1] is row[2] is None:
-            raise ValueError(f"rows[{i}] must be (label, video, sound, events) with a video or a sound")
+            raise ValueError(f"rows[{i}] must be (label, video, sound, events) with a video or a "
+                             "sound")
     if not rows: raise ValueError("rows must hold at least one clip, got none")
     return [(str(label), None if video is None else _check_video(video),
              None if sound is None else _check_sound(sound), e) for label, video, sound, e in rows]
 
 
 def _draw_rows(parts: list[tuple], axes: list[Axes], spec: ClipSpec) -> None:
-    "Each part (row number, label or None, video or sound) into its axes, all mels on one colour scale."
+    "Each part (row number, label or None, video or sound) into its axes, mels on one colour scale."
     mels = [x for _, _, x in parts if x.ndim == 2]
     vmin = min((mel.min() for mel in mels), default=0.)
     vmax = max((mel.max() for mel in mels), default=1.)
@@ -469,13 +473,13 @@ def _draw_rows(parts: list[tuple], axes: list[Axes], spec: ClipSpec) -> None:
 
 # %% ../nbs/01_viz.ipynb #03991863
 def compare_figure(
-    rows,                    # list of (label, video, log-mel or waveform, events), or None for each
+    rows: Iterable[tuple],             # (label, video or None, log-mel or waveform or None, events)
     *,
-    spec: ClipSpec,          # its rates place everything on one axis in seconds
-    true_events=None,        # (k,) s; when given, each row's events are judged: hit, false or missed
-    tolerance: float=0.1,    # s, how far a hit may lie from its true event
-    title: str|None=None,    # the finding
-) -> Chart:                  # shown by a notebook as its cell's last value
+    spec: ClipSpec,                    # its rates place everything on one axis in seconds
+    true_events: ArrayLike|None=None,  # (k,) s; given: each row's are judged hit, false or missed
+    tolerance: float=0.1,              # s, how far a hit may lie from its true event
+    title: str|None=None,              # the finding
+) -> Chart:                            # shown by a notebook as its cell's last value
     "Several clips under one another on one time axis in seconds, each with its own event marks."
     rows, judged = _check_rows(rows), true_events is not None
     parts = [(k, label if i == 0 else None, x) for k, (label, *both, _) in enumerate(rows)
@@ -515,7 +519,8 @@ def bars(
         for value, name, colour in lines:
             ax.axvline(value, color=colour, lw=1.3, ls=(0, (4, 3)))
             ax.annotate(name, (value, 1), (0, 3), xycoords=ax.get_xaxis_transform(), fontsize=8.5,
-                        textcoords="offset points", color=colour, ha="center", annotation_clip=False)
+                        textcoords="offset points", color=colour, ha="center",
+                        annotation_clip=False)
         for i, row in enumerate(rows): _bar(ax, i, row, digits)
         ax.set(xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
         ax.set_yticks(range(len(rows)), [str(name) for name in values])
@@ -529,8 +534,8 @@ def _bar(ax: Axes, i: int, row: list[float], digits: int) -> None:
     ax.barh(i, row[0], height=0.62, color=SERIES[0])
     halo = [patheffects.withStroke(linewidth=3.5, foreground="white")]
     if row[1:]: ax.plot(row[1:], [i, i], color=COLOURS["ink"], lw=2, solid_capstyle="butt")
-    ax.annotate(f"{row[0]:.{digits}f}", (max(*row, 0), i), (6, 0), va="center", fontsize=9, zorder=7,
-                textcoords="offset points", path_effects=halo)
+    ax.annotate(f"{row[0]:.{digits}f}", (max(*row, 0), i), (6, 0), va="center", fontsize=9,
+                zorder=7, textcoords="offset points", path_effects=halo)
 
 # %% ../nbs/01_viz.ipynb #3e56075b
 def show_points(
@@ -561,7 +566,7 @@ def histogram(
     *,
     xlabel: str,             # with its unit
     title: str|None=None,    # the finding
-    bins=40,                 # how many, or their edges; shared by all labels
+    bins: int|ArrayLike=40,  # how many, or their edges; shared by all labels
 ) -> Chart:                  # shown by a notebook as its cell's last value
     "Histograms over shared bins, as outlines, in percent of each label's samples."
     samples = {name: _finite(f"samples {name!r}", v).reshape(-1) for name, v in samples.items()}
@@ -635,12 +640,12 @@ def _mp4(video: np.ndarray|None, waveform: np.ndarray|None, spec: ClipSpec) -> b
 
 
 def encode_mp4(
-    video,             # uint8 (f, h, w, 3), numpy or torch
-    waveform=None,     # (samples,) in [-1, 1]; cut or padded with silence to the video's length
+    video: np.ndarray|Tensor,       # uint8 (f, h, w, 3)
+    waveform: ArrayLike|None=None,  # (samples,) in [-1, 1]; cut or padded to the video's length
     *,
-    spec: ClipSpec,    # its `fps` and `sample_rate`
-    scale: int=1,      # each pixel becomes a square of so many, 1 to 64, so that 64 px can be seen
-) -> bytes:            # of an mp4 file
+    spec: ClipSpec,                 # its `fps` and `sample_rate`
+    scale: int=1,                   # each pixel becomes a square of so many, 1 to 64
+) -> bytes:                         # of an mp4 file
     "An mp4 file (H.264 yuv420p, AAC mono) for any browser, its sound exactly as long as its video."
     video = _even(_check_video(video), int(check_range("scale", scale, 1, 64)))
     n = round(len(video) * _check_spec(spec).sample_rate / spec.fps)
@@ -651,12 +656,12 @@ def encode_mp4(
 
 # %% ../nbs/01_viz.ipynb #3ee5eb0f
 def player(
-    video,             # uint8 (f, h, w, 3)
-    waveform=None,     # (samples,) in [-1, 1]
+    video: np.ndarray|Tensor,       # uint8 (f, h, w, 3)
+    waveform: ArrayLike|None=None,  # (samples,) in [-1, 1]
     *,
-    spec: ClipSpec,    # its `fps` and `sample_rate`
-    width: int=256,    # on the page, in pixels
-) -> HTML:             # shown by a notebook as its cell's last value
+    spec: ClipSpec,                 # its `fps` and `sample_rate`
+    width: int=256,                 # on the page, in pixels
+) -> HTML:                          # shown by a notebook as its cell's last value
     "The clip as a video player with sound, wholly inside the notebook (an inline mp4)."
     width = int(check_range("width", width, 16, 4096))
     scale = min(64, max(1, width // _check_video(video).shape[2]))
@@ -666,10 +671,10 @@ def player(
 
 
 def audio_player(
-    waveform,          # (samples,) in [-1, 1]
+    waveform: ArrayLike,  # (samples,) in [-1, 1]
     *,
-    spec: ClipSpec,    # its `sample_rate`
-) -> HTML:             # shown by a notebook as its cell's last value
+    spec: ClipSpec,       # its `sample_rate`
+) -> HTML:                # shown by a notebook as its cell's last value
     "The sound as a small player, wholly inside the notebook (inline AAC in an mp4)."
     sound = _mp4(None, _check_wave(waveform).clip(-1, 1), _check_spec(spec))
     data = base64.b64encode(sound).decode()
