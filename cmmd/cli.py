@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -98,7 +98,7 @@ class SampleOptions:
     audio: Path|None = option(None, "A sound: it gets a generated video.")
     seconds: float = option(1.8, "How long, when neither is given.", min=0.1, max=600)
     model: str = option("toy-bounce", "A shipped model's name, or a model's or a run's folder.")
-    guidance_weight: float|None = option(None, "lambda; default: 8 for a soundtrack, 1 for a picture.",
+    guidance_weight: float|None = option(None, "lambda; default: 2 for a soundtrack, 0.2 for a picture.",
                                          min=0)
     steps: int = option(50, "Evaluations of the network.", min=1, max=1000)
     seed: int = option(0, "Of all noise.")
@@ -113,7 +113,7 @@ def _step_bar() -> Iterator:  # a solver that reports to a bar on stderr, where 
         def on_step(i, steps, *_):
             if i == 0: bar.reset(total=steps)
             bar.update()
-        yield DDIM(on_step=on_step)
+        yield DDIM(noise_direction="fresh", on_step=on_step)
 
 
 @command("sample")
@@ -148,6 +148,10 @@ class TrainOptions:
     batch_size: int|None = option(None, "Clips per step.", min=1)
     learning_rate: float|None = option(None, "Adam's highest rate.", min=1e-9, max=1.)
     seed: int = option(0, "Of weights, data, order and noise.")
+    data_seed: int|None = option(None, "Of the toy clips; default: the seed.", min=0)
+    start: Path|None = option(None, "Begin with these weights: a model, a run, or a run's step_* folder.")
+    audio_snr_scale: float|None = option(None, "The sound's SNR against the video's (notebook 45).",
+                                         min=1e-6, max=1e6)
     save_every: int|None = option(None, "Steps between checkpoints.", min=1)
     resume: bool = option(False, "Go on with the newest good checkpoint of the run.")
 
@@ -170,21 +174,33 @@ def _clear_run(folder: Path) -> None:
 
 # %% ../nbs/80_cli.ipynb #7cb21b0c
 def _model_and_data(what: TrainOptions, device: str):
-    "The network with fresh weights, and its data."
+    "The network, with fresh weights or those of `--start`, and its data."
+    from cmmd.pipeline import load_start, new_model
+    from cmmd.unet import UNetConfig
+    started = load_start(what.start) if what.start else None
+    data, clip = _train_data(what, device, mel=started and (started.config.mel_mean, started.config.mel_std))
+    sizes = started.config if started else getattr(UNetConfig, what.config)(
+        clip=clip, vae=what.vae, mel_mean=data.mel_mean, mel_std=data.mel_std)
+    if what.audio_snr_scale: sizes = replace(sizes, audio_snr_scale=what.audio_snr_scale)
+    model = new_model(sizes, seed=what.seed)
+    if started: model.load_state_dict(started.state_dict())
+    return model, data
+
+
+def _train_data(what: TrainOptions, device: str, *, mel: tuple[float, float]|None):
+    "Clips, with the sound normalised as the started model knows it, and their sizes."
     from cmmd.core import ClipSpec
     from cmmd.datasets import load_dataset, toy_dataset
     from cmmd.latents import load_vae
-    from cmmd.pipeline import new_model
-    from cmmd.unet import UNetConfig
     if what.data.startswith("toy:"):
-        clip, kind = ClipSpec.toy(), what.data.removeprefix("toy:")
-        data = toy_dataset(what.n_clips, load_vae(what.vae, device=device), seed=what.seed, kind=kind)
-    else:
-        data = load_dataset(what.data)
-        clip = ClipSpec(n_frames=data.video.shape[1], frame_size=8 * data.video.shape[-1])
-    sizes = getattr(UNetConfig, what.config)(clip=clip, vae=what.vae, mel_mean=data.mel_mean,
-                                             mel_std=data.mel_std)
-    return new_model(sizes, seed=what.seed), data
+        seed = what.seed if what.data_seed is None else what.data_seed
+        return toy_dataset(what.n_clips, load_vae(what.vae, device=device), seed=seed, mel=mel,
+                           kind=what.data.removeprefix("toy:")), ClipSpec.toy()
+    data = load_dataset(what.data)
+    if mel and (data.mel_mean, data.mel_std) != mel:
+        raise ValueError("--data and --start must have the same normalisation of the mel; got "
+                         f"({data.mel_mean:.4f}, {data.mel_std:.4f}) and ({mel[0]:.4f}, {mel[1]:.4f})")
+    return data, ClipSpec(n_frames=data.video.shape[1], frame_size=8 * data.video.shape[-1])
 
 
 def _train_config(what: TrainOptions):

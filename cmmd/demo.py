@@ -54,8 +54,8 @@ class DemoConfig:
     n_joint: int = 16            # clips made from noise alone
     n_show: int = 3              # clips of each task on the page
     num_sample_steps: int = 25   # evaluations of the network per clip
-    sound_guidance: float = 8.   # lambda of the shipped model, video to sound
-    picture_guidance: float = 1.  # lambda of the shipped model, sound to video
+    sound_guidance: float = 2.   # lambda of the shipped model, video to sound
+    picture_guidance: float = 0.2  # lambda of the shipped model, sound to video
     model: str = "toy-bounce"    # the shipped model, or a folder
     vae: str = "tiny"            # of the fresh model
 
@@ -157,6 +157,7 @@ def _batches(n: int, model, config: DemoConfig, name: str, *, on_part, size: int
     for first in range(0, n, size):
         place = range(first, min(n, first + size))
         solver = DDIM(
+            noise_direction="fresh",
             on_step=lambda i, steps, *_, p=place: on_part((p.start + len(p) * (i + 1) / steps) / n)
         )
         generators = [make_generator(config.seed, name, i, device=device) for i in place]

@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['MIN_FRAMES', 'MIN_SIDE', 'WRITERS', 'ModelError', 'shipped_models', 'find_model', 'load_model', 'new_model',
-           'join_frames', 'WindowedModel', 'Sampling', 'stretches', 'hold_last', 'mel_to_waveform', 'soundtrack_mel',
-           'soundtrack', 'picture', 'both', 'check_out_file', 'check_out_folder', 'read_input', 'enlarge', 'Sampled',
-           'sample_file']
+           'load_start', 'join_frames', 'WindowedModel', 'Sampling', 'stretches', 'hold_last', 'mel_to_waveform',
+           'soundtrack_mel', 'soundtrack', 'picture', 'both', 'check_out_file', 'check_out_folder', 'read_input',
+           'enlarge', 'Sampled', 'sample_file']
 
 # %% ../nbs/52_pipeline.ipynb #449287e0
 import json
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .checkpoint import load_checkpoint
 from cmmd.core import (
     ClipSpec,
     check_finite,
@@ -114,6 +115,18 @@ def new_model(
         torch.set_rng_state(make_generator(seed, "weights").get_state())
         return CMMDUNet(config)
 
+
+def load_start(
+    path: str|Path,  # a model's folder, a training run's, or a checkpoint's (`step_...`)
+) -> CMMDUNet:       # on the CPU; the averaged weights
+    "A model to train on from: a finished one, or what a checkpoint of a stopped run holds."
+    if not (Path(path) / "manifest.json").is_file(): return load_model(path)
+    found = load_checkpoint(path)
+    sizes = {k: v for k, v in found.config["model"].items() if k != "class"}
+    model = CMMDUNet(UNetConfig.from_dict(sizes))
+    model.load_state_dict(found.tensors["ema"])
+    return model
+
 # %% ../nbs/52_pipeline.ipynb #ba34aab1
 def join_frames(
     parts: list[Tensor],  # each (b, f, c, h, w)
@@ -168,14 +181,12 @@ class WindowedModel:
 class Sampling:
     "How a soundtrack, a picture or both are generated."
 
-    guidance_weight: float | None = (
-        None  # lambda; None: 8 for a soundtrack, 1 for a picture, 0 for both
-    )
+    guidance_weight: float|None = None  # lambda; None: 2 for a soundtrack, 0.2 for a picture
     num_sample_steps: int = 50          # evaluations of the network (CMMD: 200)
     seed: int = 0                       # of all noise
     overlap: int = 6  # video frames that neighbouring windows share
     max_windows: int = 12  # guided together; a longer clip is made in stretches of so many
-    solver: DDIM = DDIM()               # the sampler's switches
+    solver: DDIM = DDIM(noise_direction="fresh")  # stochastic: much the best on the toy world (50)
 
     def __post_init__(self):
         if self.guidance_weight is not None: check_range("guidance_weight", self.guidance_weight, 0)
@@ -261,7 +272,7 @@ def soundtrack_mel(
     for i, (first, end) in enumerate(places):
         latents = encode_video(vae, frames[None, first:end]).to(next(model.parameters()).device)
         mels.append(generate(
-            windowed, video=latents, guidance_weight=sampling.weight(8.), solver=sampling.solver,
+            windowed, video=latents, guidance_weight=sampling.weight(2.), solver=sampling.solver,
             num_sample_steps=sampling.num_sample_steps,
             generator=make_generator(sampling.seed, "soundtrack", i)).audio[0].cpu())
     starts = [round(first * clip.mel_rate / clip.fps) for first, _ in places]
@@ -306,7 +317,7 @@ def picture(
             generate(
                 WindowedModel(model, how.overlap),
                 audio=part.to(device),
-                guidance_weight=how.weight(1.0),
+                guidance_weight=how.weight(0.2),
                 num_sample_steps=how.num_sample_steps,
                 solver=how.solver,
                 generator=make_generator(how.seed, "picture", i),

@@ -166,7 +166,7 @@ class UNetBase(ModelMixin, ConfigMixin):
             else: streams = block(*streams, time, columns_per_frame)
         return streams
 
-
+# %% ../nbs/32_unet.ipynb #d755d074
 def _level(config: UNetConfig, before: int, here: int, attention: list[bool]) -> nn.ModuleList:
     "A block per entry of `attention`; the first goes from level `before`'s channels to `here`'s."
     def widths(c): return [(c[before], c[here])] + [(c[here], c[here])] * (len(attention) - 1)
@@ -174,7 +174,7 @@ def _level(config: UNetConfig, before: int, here: int, attention: list[bool]) ->
     blocks = [JointBlock(config, video=v, audio=a, attention=meet) for v, a, meet in rows]
     return nn.ModuleList(blocks)
 
-# %% ../nbs/32_unet.ipynb #d755d074
+# %% ../nbs/32_unet.ipynb #c98f3ae1
 class CMMDUNet(UNetBase):
     "The network of CMMD (App. B): U-Nets of video latents and of mel columns, joined by a fusion."
     def __init__(self,
@@ -199,7 +199,6 @@ class CMMDUNet(UNetBase):
         audio: Tensor,  # (b, c, t), the noised normalised mel, its bins as channels
         t: Tensor,      # int64 (b,), one diffusion time for both streams
     ) -> tuple[Tensor, Tensor]:  # the predicted velocities, shaped like video and audio
-        "Both streams' velocities (CMMD sec. 2.1)."
         check_inputs(self.config, video, audio=audio, t=t)
         time, ratio, skips = self.time_embedding(t), audio.shape[-1] / video.shape[1], []
         video, audio = self.video_in(channels_last(video)), self.audio_in(channels_last(audio))
@@ -208,8 +207,7 @@ class CMMDUNet(UNetBase):
             video, audio = self.run(blocks, (video, audio), time, ratio / 2**i)
             skips.append((video, audio))
         video, audio = self.run(self.middle, (video, audio), time, ratio / 2**i)
-        for i, blocks in zip(range(len(skips) - 1, -1, -1), self.up):
-            skip = skips[i]
+        for i, skip, blocks in zip(range(len(skips) - 1, -1, -1), skips[::-1], self.up):
             if i < len(skips) - 1:
                 video, audio = double_video(video), double_audio(audio, skip[1].shape[-1])
             video, audio = self.run(blocks, (video + skip[0], audio + skip[1]), time, ratio / 2**i)
