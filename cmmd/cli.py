@@ -235,6 +235,9 @@ class VAEOptions:
     out: Path = option(..., "The folder for config.json and the weights.")
     steps: int|None = option(None, "Optimiser steps; default: the shipped one's.", min=1)
     batch_size: int|None = option(None, "Frames per step.", min=1)
+    learning_rate: float|None = option(None, "AdamW's highest rate; default: the shipped one's.", min=1e-9,
+                                       max=1.)
+    start: Path|None = option(None, "A folder with weights to go on from.")
     seed: int = option(0, "Of weights, data and noise.")
 
 
@@ -246,8 +249,9 @@ def _train_vae(what: VAEOptions, machine: Machine, output: Output) -> None:
     check_out_folder(what.out, known, overwrite=output.overwrite)
     device = machine.ready()
     from cmmd.latents import VAETrainConfig, train_vae
-    given = {n: getattr(what, n) for n in ("steps", "batch_size") if getattr(what, n) is not None}
-    train_vae(what.out, VAETrainConfig(seed=what.seed, **given), device=device)
+    given = {n: getattr(what, n) for n in ("steps", "batch_size", "learning_rate")
+             if getattr(what, n) is not None}
+    train_vae(what.out, VAETrainConfig(seed=what.seed, **given), start=what.start, device=device)
     typer.echo(f"{what.out}: trained; use it with --vae {what.out}")
 
 

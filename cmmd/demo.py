@@ -46,7 +46,8 @@ TOLERANCES = (0.1, 0.05)   # s
 @dataclass(frozen=True)
 class DemoConfig:
     "How much the demo does; the defaults take less than 8 minutes on 2 CPU cores."
-    steps: int = 900             # training steps of the fresh model
+    steps: int = 1200            # training steps of the fresh model
+    audio_snr_scale: float = 1 / 64  # of the fresh model: the quickest way to a sound that keeps time
     seed: int = 0                # of clips, weights, noise
     n_train: int = 500           # clips to train on
     n_eval: int = 32             # unseen clips for each sound score
@@ -126,19 +127,16 @@ def encode_clips(
 
 def train_fresh(
     data: ClipDataset,     # to train on
-    config: DemoConfig,    # steps, seed, vae
+    config: DemoConfig,    # steps, seed, vae, audio_snr_scale
     *,
     device: str,           # as in `pick_device`
     on_part: Callable[[float], None],  # called with the share that is done
 ) -> TrainResult:          # with the averaged weights
     "A tiny model trained from nothing for `config.steps` steps."
-    sizes = UNetConfig.tiny(vae=config.vae, mel_mean=data.mel_mean, mel_std=data.mel_std)
-    settings = TrainConfig.tiny(
-        steps=config.steps,
-        seed=config.seed,
-        log_every=min(10, config.steps),
-        warmup_steps=min(50, config.steps // 4),
-    )
+    sizes = UNetConfig.tiny(vae=config.vae, audio_snr_scale=config.audio_snr_scale,
+                            mel_mean=data.mel_mean, mel_std=data.mel_std)
+    settings = TrainConfig.tiny(steps=config.steps, seed=config.seed, log_every=min(10, config.steps),
+                                warmup_steps=min(50, config.steps // 4))
     return train(new_model(sizes, seed=config.seed), data, config=settings, device=device,
                  on_log=lambda metrics: on_part(metrics["step"] / config.steps))
 
