@@ -62,9 +62,10 @@ def _flat(function: Callable) -> Callable:
 
 
 def _typer_option(f, hint):
-    default = f.default if f.default is not f.default_factory else ...    # both are MISSING: required
+    default = f.default if f.default is not f.default_factory else ...    # both MISSING: required
     names = ("--" + f.name.replace("_", "-"),) if hint is bool else ()    # no --no-...
-    return typer.Option(default, *names, help=f.metadata["help"], show_default=default not in (None, ..., False),
+    shown = default not in (None, ..., False)
+    return typer.Option(default, *names, help=f.metadata["help"], show_default=shown,
                         **f.metadata["limits"])
 
 # %% ../nbs/80_cli.ipynb #e6547094
@@ -98,12 +99,18 @@ class SampleOptions:
     audio: Path|None = option(None, "A sound: it gets a generated video.")
     seconds: float = option(1.8, "How long, when neither is given.", min=0.1, max=600)
     model: str = option("toy-bounce", "A shipped model's name, or a model's or a run's folder.")
-    guidance_weight: float|None = option(None, "lambda; default: 2 for a soundtrack, 0.2 for a picture.",
-                                         min=0)
+    guidance_weight: float|None = option(
+        None, "lambda; default: 2 for a soundtrack, 0.2 for a picture.", min=0)
     steps: int = option(50, "Evaluations of the network.", min=1, max=1000)
     seed: int = option(0, "Of all noise.")
 
+    def __post_init__(self):
+        if self.video and self.audio:
+            raise typer.BadParameter("give --video or --audio or neither, not both")
+        for path in filter(None, (self.video, self.audio)):
+            if not path.is_file(): raise typer.BadParameter(f"there is no file {str(path)!r}")
 
+# %% ../nbs/80_cli.ipynb #c7f679e8
 @contextmanager
 def _step_bar() -> Iterator:  # a solver that reports to a bar on stderr, where that is a terminal
     from tqdm import tqdm
@@ -119,9 +126,6 @@ def _step_bar() -> Iterator:  # a solver that reports to a bar on stderr, where 
 @command("sample")
 def _sample(what: SampleOptions, machine: Machine, output: Output) -> None:
     "Put a soundtrack under a video, make a video for a sound, or make both."
-    if what.video and what.audio: raise typer.BadParameter("give --video or --audio or neither, not both")
-    for path in filter(None, (what.video, what.audio)):
-        if not path.is_file(): raise typer.BadParameter(f"there is no file {str(path)!r}")
     from cmmd.pipeline import check_out_file, sample_file
     check_out_file(what.out, overwrite=output.overwrite, inputs=(what.video, what.audio))
     device = machine.ready()
@@ -132,7 +136,7 @@ def _sample(what: SampleOptions, machine: Machine, output: Output) -> None:
             guidance_weight=what.guidance_weight, num_sample_steps=what.steps)
     typer.echo(made.line())
 
-# %% ../nbs/80_cli.ipynb #e947b4ec
+# %% ../nbs/80_cli.ipynb #7cb21b0c
 RUN_FILES = ("model", "model.*", "step_*", "metrics.jsonl", "tensorboard", "run.lock")
 
 
@@ -141,7 +145,7 @@ class TrainOptions:
     "What to train on what."
     out: Path = option(..., "The run's folder.")
     config: str = option("tiny", "The network: tiny, small or paper.")
-    data: str = option("toy:bounce", "toy:bounce, toy:dance, or a .safetensors file of encoded clips.")
+    data: str = option("toy:bounce", "toy:bounce, toy:dance, or a .safetensors file of clips.")
     n_clips: int = option(2000, "How many toy clips to make.", min=1, max=1_000_000)
     vae: str = option("tiny", "The VAE of the latents: tiny, taesd, sd-vae-ft-mse or a folder.")
     steps: int|None = option(None, "Optimiser steps; default: the configuration's.", min=1)
@@ -149,7 +153,7 @@ class TrainOptions:
     learning_rate: float|None = option(None, "Adam's highest rate.", min=1e-9, max=1.)
     seed: int = option(0, "Of weights, data, order and noise.")
     data_seed: int|None = option(None, "Of the toy clips; default: the seed.", min=0)
-    start: Path|None = option(None, "Begin with these weights: a model, a run, or a run's step_* folder.")
+    start: Path|None = option(None, "Begin with the weights of a model, a run, or a run's step_*.")
     audio_snr_scale: float|None = option(None, "The sound's SNR against the video's (notebook 45).",
                                          min=1e-6, max=1e6)
     save_every: int|None = option(None, "Steps between checkpoints.", min=1)
@@ -162,23 +166,27 @@ class TrainOptions:
         if self.data.startswith("toy:") or not self.data.endswith(".safetensors"):
             raise typer.BadParameter("--data must be toy:bounce, toy:dance or a .safetensors file; "
                                      f"got {self.data!r}")
-        if not Path(self.data).is_file(): raise typer.BadParameter(f"there is no file {self.data!r}")
+        if not Path(self.data).is_file():
+            raise typer.BadParameter(f"there is no file {self.data!r}")
 
-
+# %% ../nbs/80_cli.ipynb #9cbf22a9
 def _clear_run(folder: Path) -> None:
     "Removes an earlier run's files, while nobody else holds the folder."
     from cmmd.checkpoint import RunLock
     with RunLock(folder):
-        for path in [p for pattern in RUN_FILES for p in folder.glob(pattern) if p.name != "run.lock"]:
+        found = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
+        for path in found:
+            if path.name == "run.lock": continue
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-# %% ../nbs/80_cli.ipynb #7cb21b0c
+# %% ../nbs/80_cli.ipynb #62e55310
 def _model_and_data(what: TrainOptions, device: str):
     "The network, with fresh weights or those of `--start`, and its data."
     from cmmd.pipeline import load_start, new_model
     from cmmd.unet import UNetConfig
     started = load_start(what.start) if what.start else None
-    data, clip = _train_data(what, device, mel=started and (started.config.mel_mean, started.config.mel_std))
+    mel = (started.config.mel_mean, started.config.mel_std) if started else None
+    data, clip = _train_data(what, device, mel=mel)
     sizes = started.config if started else getattr(UNetConfig, what.config)(
         clip=clip, vae=what.vae, mel_mean=data.mel_mean, mel_std=data.mel_std)
     if what.audio_snr_scale: sizes = replace(sizes, audio_snr_scale=what.audio_snr_scale)
@@ -198,11 +206,11 @@ def _train_data(what: TrainOptions, device: str, *, mel: tuple[float, float]|Non
                            kind=what.data.removeprefix("toy:")), ClipSpec.toy()
     data = load_dataset(what.data)
     if mel and (data.mel_mean, data.mel_std) != mel:
-        raise ValueError("--data and --start must have the same normalisation of the mel; got "
-                         f"({data.mel_mean:.4f}, {data.mel_std:.4f}) and ({mel[0]:.4f}, {mel[1]:.4f})")
+        raise ValueError("--data and --start must have the same mel_mean and mel_std; got "
+                         f"{data.mel_mean:.4f}, {data.mel_std:.4f} and {mel[0]:.4f}, {mel[1]:.4f}")
     return data, ClipSpec(n_frames=data.video.shape[1], frame_size=8 * data.video.shape[-1])
 
-
+# %% ../nbs/80_cli.ipynb #9c7788b7
 def _train_config(what: TrainOptions):
     from cmmd.train import TrainConfig
     given = {n: getattr(what, n) for n in ("steps", "batch_size", "learning_rate", "save_every")}
@@ -213,7 +221,8 @@ def _train_config(what: TrainOptions):
 @command("train")
 def _train(what: TrainOptions, machine: Machine, output: Output) -> None:
     "Train a model; it can be stopped at any moment and resumed."
-    if what.resume and output.overwrite: raise typer.BadParameter("give --resume or --overwrite, not both")
+    if what.resume and output.overwrite:
+        raise typer.BadParameter("give --resume or --overwrite, not both")
     from cmmd.pipeline import check_out_folder
     if not what.resume: check_out_folder(what.out, RUN_FILES, overwrite=output.overwrite)
     device = machine.ready()
@@ -223,20 +232,22 @@ def _train(what: TrainOptions, machine: Machine, output: Output) -> None:
     if output.overwrite and what.out.is_dir(): _clear_run(what.out)
     result = train(model, data, config=config, out_dir=what.out, resume=what.resume, device=device)
     if result.stopped:
-        typer.echo(f"cmmd train: stopped at step {result.step} and saved; go on with --resume", err=True)
+        text = f"cmmd train: stopped at step {result.step} and saved; go on with --resume"
+        typer.echo(text, err=True)
         raise typer.Exit(130)
     loss = f", loss {result.history[-1]['loss']:.4f}" if result.history else ""
-    typer.echo(f"{what.out / 'model'}: {result.step:,} steps in {result.seconds / 60:.1f} min{loss}")
+    minutes = result.seconds / 60
+    typer.echo(f"{what.out / 'model'}: {result.step:,} steps in {minutes:.1f} min{loss}")
 
-# %% ../nbs/80_cli.ipynb #9cbf22a9
+# %% ../nbs/80_cli.ipynb #e504808e
 @dataclass(frozen=True)
 class VAEOptions:
     "How to train the tiny VAE."
     out: Path = option(..., "The folder for config.json and the weights.")
     steps: int|None = option(None, "Optimiser steps; default: the shipped one's.", min=1)
     batch_size: int|None = option(None, "Frames per step.", min=1)
-    learning_rate: float|None = option(None, "AdamW's highest rate; default: the shipped one's.", min=1e-9,
-                                       max=1.)
+    learning_rate: float|None = option(
+        None, "AdamW's highest rate; default: the shipped one's.", min=1e-9, max=1.)
     start: Path|None = option(None, "A folder with weights to go on from.")
     seed: int = option(0, "Of weights, data and noise.")
 
@@ -254,7 +265,7 @@ def _train_vae(what: VAEOptions, machine: Machine, output: Output) -> None:
     train_vae(what.out, VAETrainConfig(seed=what.seed, **given), start=what.start, device=device)
     typer.echo(f"{what.out}: trained; use it with --vae {what.out}")
 
-
+# %% ../nbs/80_cli.ipynb #d2e4e089
 @dataclass(frozen=True)
 class DemoOptions:
     "What the demo does."
@@ -272,11 +283,11 @@ def _demo(what: DemoOptions, machine: Machine, output: Output) -> None:
     result = run_demo(what.out, overwrite=output.overwrite, device=device, seed=what.seed, **given)
     typer.echo(result.summary())
 
-# %% ../nbs/80_cli.ipynb #8edaf8f6
+# %% ../nbs/80_cli.ipynb #4dd79ac4
 @dataclass(frozen=True)
 class InfoOptions:
     "Which model to describe."
-    model: str|None = option(None, "A shipped model's name or a folder; default: list all there is.")
+    model: str|None = option(None, "A shipped model's name or a folder; default: list all.")
     flops: bool = option(False, "Also count the work of one evaluation (takes some seconds).")
 
 
@@ -292,13 +303,14 @@ def _info(what: InfoOptions) -> None:
         typer.echo(_network_line(name, getattr(UNetConfig, name)(), what.flops))
     for name in shipped_models(): typer.echo(_model_lines(find_model(name), False)[0])
 
-
+# %% ../nbs/80_cli.ipynb #653d7f84
 def _network_line(name: str, config, flops: bool) -> str:
     import torch
 
     from cmmd.unet import CMMDUNet
     with torch.device("meta"): model = CMMDUNet(config)
-    video, audio = (" x ".join(map(str, s)) for s in (config.clip.video_shape, config.clip.audio_shape))
+    shapes = config.clip.video_shape, config.clip.audio_shape
+    video, audio = (" x ".join(map(str, shape)) for shape in shapes)
     channels = (", ".join(map(str, c)) for c in (config.video_channels, config.audio_channels))
     line = (f"{name:<6} {sum(p.numel() for p in model.parameters()) / 1e6:7.2f} M parameters, "
             f"video {video}, mel {audio}, channels {' / '.join(channels)}")
@@ -320,8 +332,8 @@ def _model_lines(folder: Path, flops: bool) -> list[str]:
     from cmmd.pipeline import load_model
     model, record = load_model(folder), folder / "training.json"
     clip, size = model.config.clip, sum(p.numel() for p in model.parameters()) / 1e6
-    lines = [f"{folder.name}: {size:.2f} M parameters, {clip.n_frames} frames of {clip.frame_size} pixels "
-             f"at {clip.fps} fps, {clip.sample_rate / 1000:g} kHz", f"folder {folder}",
+    lines = [f"{folder.name}: {size:.2f} M parameters, {clip.n_frames} frames of {clip.frame_size} "
+             f"pixels at {clip.fps} fps, {clip.sample_rate / 1000:g} kHz", f"folder {folder}",
              f"VAE {model.config.vae}, sound's SNR scale {model.config.audio_snr_scale:.4g}"]
     if record.is_file():
         about = json.loads(record.read_text())
@@ -329,7 +341,7 @@ def _model_lines(folder: Path, flops: bool) -> list[str]:
                      f"finished {about.get('finished')}")
     return lines + ([f"{_tera_flop(model.to('meta')):.4f} TFLOP forward"] if flops else [])
 
-# %% ../nbs/80_cli.ipynb #6c457de6
+# %% ../nbs/80_cli.ipynb #ba5c81e4
 @dataclass(frozen=True)
 class Finding:
     "One line of the doctor's report."
@@ -341,7 +353,8 @@ class Finding:
 
     def line(self) -> str:  # for a terminal
         mark = "ok  " if self.ok else "MISS" if self.needed else "-   "
-        return f"{mark} {self.what:<12} {self.found}" + ("" if self.ok else f"\n{'':<17} -> {self.cure}")
+        cure = "" if self.ok else f"\n{'':<17} -> {self.cure}"
+        return f"{mark} {self.what:<12} {self.found}{cure}"
 
 
 def check_packages() -> list[Finding]:
@@ -349,25 +362,28 @@ def check_packages() -> list[Finding]:
     from importlib.metadata import PackageNotFoundError, version
     found = [Finding(sys.version_info >= (3, 11), "python", platform.python_version(),
                      "install Python 3.11 or newer")]
-    for name in ("cmmd", "torch", "diffusers", "accelerate", "safetensors", "einops", "librosa", "av",
-                 "mir_eval"):
+    for name in ("cmmd", "torch", "diffusers", "accelerate", "safetensors", "einops", "librosa",
+                 "av", "mir_eval"):
         try: found.append(Finding(True, name, version(name)))
-        except PackageNotFoundError: found.append(Finding(False, name, "missing", f"pip install {name}"))
+        except PackageNotFoundError:
+            found.append(Finding(False, name, "missing", f"pip install {name}"))
     return found
 
-
+# %% ../nbs/80_cli.ipynb #4cba7990
 def check_codecs() -> list[Finding]:
     "The codecs that videos are read and written with."
     import av
     def has(name, mode):
         try: return bool(av.codec.Codec(name, mode))
         except ValueError: return False              # PyAV's UnknownCodecError is one
-    wanted = {"libx264": "w", "aac": "w", "h264": "r", "hevc": "r", "vp9": "r", "libdav1d": "r", "opus": "r"}
+    wanted = {"libx264": "w", "aac": "w", "h264": "r", "hevc": "r", "vp9": "r", "libdav1d": "r",
+              "opus": "r"}
     cure = "pip install --force-reinstall av: its wheel brings FFmpeg with H.264 and AAC"
-    return [Finding(has(n, m), "codec", f"{n} ({'write' if m == 'w' else 'read'})", cure, needed=m == "w")
-            for n, m in wanted.items()]
+    names = {"w": "writing", "r": "reading"}
+    return [Finding(has(name, mode), "codec", f"{name} ({names[mode]})", cure, needed=mode == "w")
+            for name, mode in wanted.items()]
 
-# %% ../nbs/80_cli.ipynb #741d9c0c
+# %% ../nbs/80_cli.ipynb #013a7a21
 def check_machine() -> list[Finding]:
     "Processor, GPU and free space."
     import torch
@@ -376,7 +392,7 @@ def check_machine() -> list[Finding]:
     return [Finding(True, "cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}"),
             Finding(gpu is not None, "gpu", gpu or "no CUDA GPU: everything runs on the CPU",
                     "with an NVIDIA GPU: install a CUDA build of torch", needed=False),
-            Finding(free > 2, "disk", f"{free:.1f} GB free here", "free some space: a run takes up to 2 GB"),
+            Finding(free > 2, "disk", f"{free:.1f} GB free here", "make room: runs take up to 2 GB"),
             Finding(mine, "folder", "writable" if mine else "no right to write here",
                     "go to a folder of your own", needed=False)]
 
@@ -392,7 +408,8 @@ def check_weights() -> list[Finding]:
     found = []
     for name, cure in cures.items():
         there = any(data_path("weights", name).glob("*.safetensors"))
-        found.append(Finding(there, "weights", f"{name} {'is here' if there else 'is missing'}", cure))
+        text = f"{name} {'is here' if there else 'is missing'}"
+        found.append(Finding(there, "weights", text, cure))
     for name, repository in HUB_NAMES.items():
         there = isinstance(try_to_load_from_cache(repository, "config.json"), str)
         text = f"{name} {'is in the hub cache' if there else 'is not here (optional)'}"
@@ -400,7 +417,7 @@ def check_weights() -> list[Finding]:
         found.append(Finding(there, "weights", text, cure, needed=False))
     return found
 
-
+# %% ../nbs/80_cli.ipynb #2f91408b
 @command("doctor")
 def _doctor() -> None:
     "Check versions, device, codecs, free space and weights; say what is missing and how to get it."
@@ -411,7 +428,7 @@ def _doctor() -> None:
     typer.echo(f"{bad} missing: see the arrows above" if bad else "all that is needed is here")
     if bad: raise typer.Exit(1)
 
-# %% ../nbs/80_cli.ipynb #d5edf71d
+# %% ../nbs/80_cli.ipynb #b366b3ca
 @app.callback(invoke_without_command=True)
 def _general(
     version: bool=typer.Option(False, "--version", help="Show the version."),
@@ -430,10 +447,11 @@ def error_lines(
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     lines = [x[:400] for x in str(error).splitlines() if x.strip()] or [type(error).__name__]
-    if isinstance(error, (ValueError, TypeError, OSError, RuntimeError, MemoryError)): return "\n".join(lines[:3])
+    foreseen = (ValueError, TypeError, OSError, RuntimeError, MemoryError)
+    if isinstance(error, foreseen): return "\n".join(lines[:3])
     return f"{type(error).__name__}: {lines[0]}\nrun it again with --debug for all of it"
 
-
+# %% ../nbs/80_cli.ipynb #9f052fa7
 def run(
     arguments: list[str],   # of the command line, without the program's name
 ) -> int:                   # exit code: 0 done, 1 failed, 2 wrong use, 130 interrupted

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def new_model(
     *,
     seed: int=0,         # of its weights
 ) -> CMMDUNet:  # on the CPU
-    "An untrained model whose weights follow from the seed alone; the global random state is put back."
+    "An untrained model whose weights follow from the seed; the global random state is put back."
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(make_generator(seed, "weights").get_state())
         return CMMDUNet(config)
@@ -136,7 +136,7 @@ def join_frames(
     joined = crossfade([rearrange(x, "b f c h w -> b c h w f") for x in parts], starts)
     return rearrange(joined, "b c h w f -> b f c h w")
 
-
+# %% ../nbs/52_pipeline.ipynb #11e2d751
 class WindowedModel:
     "The same network for a clip of any length: overlapping windows, their velocities blended."
     def __init__(
@@ -146,17 +146,13 @@ class WindowedModel:
         batch_size: int=16,   # windows at a time
     ):
         check_range("overlap", overlap, 0, model.config.clip.n_frames - 1)
-        self.model, self.config, self.overlap, self.batch_size = (
-            model,
-            model.config,
-            overlap,
-            batch_size,
-        )
+        self.model, self.config = model, model.config
+        self.overlap, self.batch_size = overlap, batch_size
 
-    def parameters(self): return self.model.parameters()
+    def parameters(self) -> Iterator[nn.Parameter]: return self.model.parameters()
 
     def places(self, n_frames: int, n_columns: int) -> list[tuple[int, int]]:
-        "The first frame and the first mel column of each window; the last window ends with both streams."
+        "First frame and mel column of each window; the last one ends with both streams."
         clip = self.config.clip
         firsts = windows(n_frames, clip, overlap=self.overlap)
         columns = [round(first * clip.mel_rate / clip.fps) for first in firsts[:-1]]
@@ -171,12 +167,10 @@ class WindowedModel:
         batches = (x.split(self.batch_size) for x in (frames, columns, t.repeat(len(places))))
         streams = zip(*(self.model(*batch) for batch in zip(*batches)))
         pictures, sounds = (torch.cat(stream).chunk(len(places)) for stream in streams)
-        return (
-            join_frames(pictures, [f for f, _ in places]),
-            crossfade(sounds, [c for _, c in places]),
-        )
+        return (join_frames(pictures, [f for f, _ in places]),
+                crossfade(sounds, [c for _, c in places]))
 
-# %% ../nbs/52_pipeline.ipynb #77a093a7
+# %% ../nbs/52_pipeline.ipynb #52be374f
 @dataclass(frozen=True)
 class Sampling:
     "How a soundtrack, a picture or both are generated."
@@ -215,7 +209,7 @@ def stretches(
     firsts = windows(n_frames, clip.with_frames(size), overlap=sampling.overlap)
     return [(first, first + size) for first in firsts]
 
-# %% ../nbs/52_pipeline.ipynb #f1586526
+# %% ../nbs/52_pipeline.ipynb #3b91d66c
 MIN_FRAMES = 8  # shorter clips are held or padded to this many, and cut afterwards
 
 
@@ -242,7 +236,7 @@ def mel_to_waveform(
     wave = vocoder(mel, clip, generator=make_generator(seed, "vocoder"))[:n_samples]
     return check_finite("the vocoder's waveform", wave) / max(1., float(wave.abs().max()))
 
-# %% ../nbs/52_pipeline.ipynb #67dd3337
+# %% ../nbs/52_pipeline.ipynb #dc3ab942
 def _check_frames(video: Tensor, clip: ClipSpec) -> Tensor:
     side = clip.frame_size
     good = (
@@ -278,7 +272,7 @@ def soundtrack_mel(
     starts = [round(first * clip.mel_rate / clip.fps) for first, _ in places]
     return denormalise_mel(crossfade(mels, starts), model.config.mel_mean, model.config.mel_std)
 
-# %% ../nbs/52_pipeline.ipynb #dc3ab942
+# %% ../nbs/52_pipeline.ipynb #4f641728
 def soundtrack(
     model: Callable,      # a `CMMDUNet`, from `load_model`
     vae: nn.Module,       # the one it was trained with: `load_vae(model.config.vae)`
@@ -295,7 +289,7 @@ def soundtrack(
     )
     return mel_to_waveform(mel, n_samples, clip=clip, vocoder=vocoder, seed=how.seed)
 
-# %% ../nbs/52_pipeline.ipynb #85151181
+# %% ../nbs/52_pipeline.ipynb #6b0b736d
 def picture(
     model: Callable,      # a `CMMDUNet`, from `load_model`
     vae: nn.Module,       # the one it was trained with
@@ -325,7 +319,7 @@ def picture(
         )
     return decode_video(vae, join_frames(parts, [first for first, _ in places]))[0, :n_frames]
 
-# %% ../nbs/52_pipeline.ipynb #6b0b736d
+# %% ../nbs/52_pipeline.ipynb #fdfe3ba3
 def both(
     model: Callable,      # a `CMMDUNet`, from `load_model`
     vae: nn.Module,       # the one it was trained with
@@ -351,7 +345,7 @@ def both(
     wave = mel_to_waveform(mel, n_samples, clip=clip, vocoder=vocoder, seed=how.seed)
     return decode_video(vae, made.video)[0, :n_frames], wave
 
-# %% ../nbs/52_pipeline.ipynb #70968213
+# %% ../nbs/52_pipeline.ipynb #3143dfd4
 def check_out_file(
     path: str|Path,              # to be written
     *,
@@ -374,7 +368,7 @@ def check_out_file(
         raise PermissionError(f"{path}: no right to write in that folder")
     return path
 
-# %% ../nbs/52_pipeline.ipynb #3143dfd4
+# %% ../nbs/52_pipeline.ipynb #c4cef16d
 def check_out_folder(
     path: str|Path,             # to be created or filled
     known: tuple[str, ...],     # patterns of what an earlier run of the same kind leaves behind
@@ -398,7 +392,7 @@ def check_out_folder(
         raise PermissionError(f"{path}: no right to write in {str(there)!r}")
     return path
 
-# %% ../nbs/52_pipeline.ipynb #acbd498f
+# %% ../nbs/52_pipeline.ipynb #7f7fb8d7
 MIN_SIDE = 256  # pixels: smaller generated frames are written enlarged
 
 
@@ -423,7 +417,7 @@ def enlarge(
     k = math.ceil(MIN_SIDE / min(video.shape[1:3]))
     return repeat(video, "f h w c -> (f times) (h k1) (w k2) c", times=times, k1=k, k2=k)
 
-# %% ../nbs/52_pipeline.ipynb #ddc1db23
+# %% ../nbs/52_pipeline.ipynb #c8169ff1
 def _write_soundtrack(out, source, models, *, overwrite: bool, how: Sampling) -> tuple[float, int]:
     clip = models[0].config.clip
     media = read_input(source, "video", clip=clip)
@@ -457,7 +451,7 @@ def _write_both(
     write_clip(out, enlarge(video), wave, spec=clip, overwrite=overwrite)
     return len(video) / clip.fps, len(video)
 
-# %% ../nbs/52_pipeline.ipynb #c8169ff1
+# %% ../nbs/52_pipeline.ipynb #acfcf911
 WRITERS = {"soundtrack": _write_soundtrack, "picture": _write_picture, "both": _write_both}
 
 
@@ -477,11 +471,12 @@ class Sampled:
             "picture": "a generated video for the sound",
             "both": "a generated video with its sound",
         }
-        how = f"{self.n_windows} window{'s' * (self.n_windows > 1)}, {self.sampling.num_sample_steps} steps"
+        steps, s = self.sampling.num_sample_steps, "s" * (self.n_windows > 1)
+        how = f"{self.n_windows} window{s}, {steps} steps"
         return (f"{self.path}: {self.duration:.2f} s, {what[self.task]} "
                 f"({how}, seed {self.sampling.seed}, took {self.seconds:.0f} s)")
 
-# %% ../nbs/52_pipeline.ipynb #acfcf911
+# %% ../nbs/52_pipeline.ipynb #719fb0a1
 def sample_file(
     out: str|Path,              # the mp4 file to write
     *,
@@ -493,7 +488,7 @@ def sample_file(
     overwrite: bool=False,      # replace a file of this name
     **sampling,                 # of `Sampling`
 ) -> Sampled:  # what was written
-    "A file in, a file out: a soundtrack for a video, a video for a sound, or both; whole or not at all."
+    "A file in, a file out: a soundtrack for a video, a video for a sound, or both."
     began, how = time.perf_counter(), Sampling(**sampling)
     if video is not None and audio is not None:
         raise ValueError("give video or audio or neither, not both")
