@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import typer
 
@@ -30,7 +30,7 @@ def option(
     default,         # the value when the option is not given; ... when it must be
     text: str,       # one line of help
     **limits,        # of `typer.Option`: min, max
-):                   # a dataclass field
+) -> Any:            # a dataclass field
     "A field of a group of options."
     if default is ...: return field(metadata={"limits": limits, "help": text})
     return field(default=default, metadata={"limits": limits, "help": text})

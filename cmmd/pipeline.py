@@ -145,7 +145,7 @@ class WindowedModel:
         overlap: int=6,       # video frames that neighbouring windows share
         batch_size: int=16,   # windows at a time
     ):
-        check_range("overlap", overlap, 0, model.config.clip.n_frames - 1)
+        check_range("overlap", overlap, 1, model.config.clip.n_frames - 1)
         self.model, self.config = model, model.config
         self.overlap, self.batch_size = overlap, batch_size
 
@@ -186,7 +186,7 @@ class Sampling:
         if self.guidance_weight is not None: check_range("guidance_weight", self.guidance_weight, 0)
         for name, low, high in (
             ("num_sample_steps", 1, 1000),
-            ("overlap", 0, 1000),
+            ("overlap", 1, 1000),
             ("max_windows", 2, 10_000),
         ):
             value = getattr(self, name)
