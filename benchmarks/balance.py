@@ -1,9 +1,9 @@
-"""Which audio_snr_scale lets the tiny model synchronise? Equal data, steps and seeds for every scale.
+"""Which audio_snr_scale lets the tiny model synchronise? Equal data, steps and seeds for all.
 
     python benchmarks/balance.py --steps 400 --seeds 0 1 2 --out benchmarks/labs/balance.json
 
-About 2 minutes of one CPU core for each run (3 scales x 3 seeds); the file is written after every run, and runs
-that are in it already are not repeated. nbs/65_balance.ipynb reads it.
+About 2 minutes of one CPU core for each run (3 scales x 3 seeds); the file is written after every
+run, and runs that are in it already are not repeated. nbs/65_balance.ipynb reads it.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""Every figure the course promises of a small checkpoint, on unseen `bounce` clips, with 95% intervals.
+"""The figures promised of a small checkpoint, on unseen `bounce` clips, with 95% intervals.
 
     python benchmarks/shipped.py --model toy-bounce --out benchmarks/shipped.json
 
-    python benchmarks/shipped.py --frames 36 --clips 48 --seeds 0 --out benchmarks/shipped-36-frames.json
+    python benchmarks/shipped.py --frames 36 --clips 32 --seeds 0 --v2a 0 --a2v 0.1 \\
+        --out benchmarks/shipped-36-frames.json
 
-Video to sound and sound to video with and without guidance, the loss gap at n = 700, chance and ceiling; the second
-command at twice the training length. About 12 and 8 minutes of one CPU core.
+Video to sound and sound to video with and without guidance, the loss gap at n = 700, chance and
+ceiling; the second command at twice the training length. About 6 and 1 minutes of one CPU core.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def score(true, found) -> dict:
 def generated_events(
     model, vae, data, *, side: str, seed: int, weight: float, steps: int, solver: DDIM
 ) -> list:
-    "Events found in what the model made: onsets in sound for `video`, impacts in video for `audio`."
+    "Events found in what was made: onsets in sound for `video`, impacts in video for `audio`."
     spec, found = model.config.clip, []
     for i in range(0, len(data), 16):
         given = {side: getattr(data, side)[i : i + 16]}

@@ -1,7 +1,8 @@
 """Speed of the parts on this machine (`make bench`): a table on the screen, JSON in a file.
 
-    python benchmarks/speed.py [--threads 1] [--device cpu] [--out runs/bench.json]
+python benchmarks/speed.py [--threads 1] [--device cpu] [--out runs/bench.json]
 """
+
 import argparse
 import json
 import platform
@@ -25,10 +26,12 @@ SPEC = ClipSpec.toy()
 
 def seconds(run: Callable[[], object], *, device: torch.device, repeats: int = 5) -> float:
     "Median time of one call, after one to warm up."
+
     def once() -> float:
         start = time.perf_counter()
         run()
-        if device.type == "cuda": torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     return statistics.median([once() for _ in range(repeats + 1)][1:])
@@ -58,7 +61,8 @@ def bench_parts(device: torch.device) -> dict[str, tuple[float, str]]:
         "video_noise": torch.randn_like(x["video"]),
         "audio_noise": torch.randn_like(x["audio"]),
     }
-    with torch.no_grad(): took = seconds(lambda: model(*x.values()), device=device)
+    with torch.no_grad():
+        took = seconds(lambda: model(*x.values()), device=device)
     found["tiny: forward, batch 8"] = (1000 * took, "ms")
 
     def step() -> None:
@@ -66,10 +70,16 @@ def bench_parts(device: torch.device) -> dict[str, tuple[float, str]]:
         joint_loss(model, x["video"], audio=x["audio"], t=x["t"], **noise).total.backward()
 
     found["tiny: forward and backward, batch 8"] = (1000 * seconds(step, device=device), "ms")
-    for weight, name in ((0., "replacement"), (1., "guided")):
+    for weight, name in ((0.0, "replacement"), (1.0, "guided")):
+
         def sample(weight=weight):
-            return generate(model, video=x["video"][:1], guidance_weight=weight, num_sample_steps=4,
-                            generator=make_generator(0))
+            return generate(
+                model,
+                video=x["video"][:1],
+                guidance_weight=weight,
+                num_sample_steps=4,
+                generator=make_generator(0),
+            )
 
         took = seconds(sample, device=device, repeats=3) / 4
         found[f"tiny: one sampling step, {name}"] = (1000 * took, "ms")
@@ -86,9 +96,12 @@ def paper_size() -> dict[str, tuple[float, str]]:
             torch.zeros(1, dtype=torch.long),
         )
     counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad(): model(*inputs)
-    return {"paper: parameters": (sum(p.numel() for p in model.parameters()) / 1e6, "million"),
-            "paper: forward at 64 x 64": (counter.get_total_flops() / 1e12, "TFLOP")}
+    with counter, torch.no_grad():
+        model(*inputs)
+    return {
+        "paper: parameters": (sum(p.numel() for p in model.parameters()) / 1e6, "million"),
+        "paper: forward at 64 x 64": (counter.get_total_flops() / 1e12, "TFLOP"),
+    }
 
 
 def main() -> None:
@@ -101,7 +114,8 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     device = pick_device(asked.device)
     figures = {**bench_parts(device), **paper_size()}
-    for name, (value, unit) in figures.items(): print(f"{name:<42}{value:>10.4g} {unit}")
+    for name, (value, unit) in figures.items():
+        print(f"{name:<42}{value:>10.4g} {unit}")
     machine = {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -114,4 +128,5 @@ def main() -> None:
     print(f"written to {asked.out}")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

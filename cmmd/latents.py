@@ -76,7 +76,7 @@ def _load_from_hub(name: str, allow_download: bool):
     kind = AutoencoderTiny if name == "taesd" else AutoencoderKL
     options = {"local_files_only": not allow_download, "use_safetensors": True}
     try:
-        with warnings.catch_warnings():                         # of an option that diffusers passes on
+        with warnings.catch_warnings():  # of an option that diffusers passes on
             warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
             return kind.from_pretrained(HUB_NAMES[name], **options)
     except OSError as error: raise _missing(name, HUB_NAMES[name]) from error

@@ -27,4 +27,5 @@ def files() -> dict[str, bytes]:
 
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for file, content in files().items(): (FOLDER / file).write_bytes(content)
+    for file, content in files().items():
+        (FOLDER / file).write_bytes(content)

@@ -1,4 +1,5 @@
 """What the tests know about the tree: its notebooks and modules, found, never listed."""
+
 import ast
 import json
 import re
@@ -21,6 +22,7 @@ MODULES = sorted(p for p in (ROOT / "cmmd").glob("*.py") if not p.name.startswit
 @dataclass
 class Cell:
     "One cell, its source as text."
+
     kind: str
     source: str
     id: str
@@ -32,25 +34,32 @@ class Cell:
         found = {}
         for line in self.source.splitlines():
             match = re.match(r"\s*#\|\s*([\w-]+):?\s*(.*?)\s*$", line)
-            if match: found[match[1]] = match[2]
-            elif line.strip() and not line.strip().startswith(("#", "%%")): break
+            if match:
+                found[match[1]] = match[2]
+            elif line.strip() and not line.strip().startswith(("#", "%%")):
+                break
         return found
 
     @property
-    def exported(self) -> bool: return bool({"export", "exports", "exporti"} & set(self.directives))
+    def exported(self) -> bool:
+        return bool({"export", "exports", "exporti"} & set(self.directives))
+
     @property
     def runs(self) -> bool:
         "Whether a default run of the tests executes it."
-        if self.directives.get("eval", "").lower() == "false": return False
+        if self.directives.get("eval", "").lower() == "false":
+            return False
         return self.kind == "code" and not set(TEST_FLAGS) & set(self.directives)
 
     @property
     def tree(self) -> ast.Module:
         "The cell's code without IPython's own lines."
         code = re.sub(r"^\s*[%!].*$", "pass", self.source, flags=re.M)
-        try: return ast.parse(code)
+        try:
+            return ast.parse(code)
         except SyntaxError:
-            if self.runs: raise
+            if self.runs:
+                raise
             return ast.parse("")  # a stub to fill in may be half a sentence
 
 
@@ -59,19 +68,28 @@ class Notebook:
     path: Path
 
     @cached_property
-    def json(self) -> dict: return json.loads(self.path.read_text(encoding="utf-8"))
+    def json(self) -> dict:
+        return json.loads(self.path.read_text(encoding="utf-8"))
+
     @cached_property
     def cells(self) -> list[Cell]:
-        return [Cell(c["cell_type"], "".join(c["source"]), c.get("id", ""), c.get("outputs", []))
-                for c in self.json["cells"]]
+        return [
+            Cell(c["cell_type"], "".join(c["source"]), c.get("id", ""), c.get("outputs", []))
+            for c in self.json["cells"]
+        ]
+
     @property
     def code(self) -> list[Cell]:
         return [c for c in self.cells if c.kind == "code" and c.source.strip()]
 
     @property
-    def markdown(self) -> list[Cell]: return [c for c in self.cells if c.kind == "markdown"]
+    def markdown(self) -> list[Cell]:
+        return [c for c in self.cells if c.kind == "markdown"]
+
     @property
-    def number(self) -> int: return int(self.path.name[:2])
+    def number(self) -> int:
+        return int(self.path.name[:2])
+
     @property
     def title(self) -> str:
         "The first heading, without a number in front."
@@ -85,8 +103,12 @@ class Notebook:
 
     @property
     def headings(self) -> list[str]:
-        return [line.lstrip("#").strip() for c in self.markdown for line in c.source.splitlines()
-                if re.match(r"#{1,6} ", line)]
+        return [
+            line.lstrip("#").strip()
+            for c in self.markdown
+            for line in c.source.splitlines()
+            if re.match(r"#{1,6} ", line)
+        ]
 
 
 def name(path: Path) -> str:
@@ -115,8 +137,10 @@ def imported_modules(tree: ast.AST) -> set[str]:
             module = node.module or ""
             if node.level or module == "cmmd":
                 parts = module.split(".") if node.level and module else []
-            elif module.startswith("cmmd."): parts = module.split(".")[1:]
-            else: continue
+            elif module.startswith("cmmd."):
+                parts = module.split(".")[1:]
+            else:
+                continue
             found |= {parts[0]} if parts else {a.name for a in node.names}
     return found - {"__version__"}
 
@@ -146,9 +170,15 @@ def defined_names(tree: ast.Module) -> list[str]:
 # For every program the tests start: offline, no windows, one thread, nothing in the home folder.
 _CACHE = ROOT / ".cache"
 ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(_CACHE / "huggingface"),
-    "JUPYTER_CONFIG_DIR": str(_CACHE / "jupyter"), "JUPYTER_DATA_DIR": str(_CACHE / "jupyter/data"),
-    "JUPYTER_RUNTIME_DIR": str(_CACHE / "jupyter/runtime"), "IPYTHONDIR": str(_CACHE / "ipython"),
-    "MPLCONFIGDIR": str(_CACHE / "matplotlib"), "MPLBACKEND": "agg",
-    "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HOME": str(_CACHE / "huggingface"),
+    "JUPYTER_CONFIG_DIR": str(_CACHE / "jupyter"),
+    "JUPYTER_DATA_DIR": str(_CACHE / "jupyter/data"),
+    "JUPYTER_RUNTIME_DIR": str(_CACHE / "jupyter/runtime"),
+    "IPYTHONDIR": str(_CACHE / "ipython"),
+    "MPLCONFIGDIR": str(_CACHE / "matplotlib"),
+    "MPLBACKEND": "agg",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
 }

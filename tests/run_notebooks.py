@@ -1,7 +1,8 @@
 """Run notebooks top to bottom in place, keep their outputs, export and clean (`make notebooks`).
 
-    python tests/run_notebooks.py [10 44_train ...]     all when none is named
+python tests/run_notebooks.py [10 44_train ...]     all when none is named
 """
+
 import os
 import subprocess
 import sys
@@ -30,7 +31,8 @@ def execute(path: Path) -> None:
         notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}
     ).execute()
     for cell in notebook.cells:
-        if cell.id in skipped: cell.source, cell.outputs = skipped[cell.id]
+        if cell.id in skipped:
+            cell.source, cell.outputs = skipped[cell.id]
     partial = path.with_suffix(".partial")
     nbformat.write(notebook, partial)
     partial.replace(path)
@@ -46,7 +48,8 @@ def main(asked: list[str]) -> int:
     for path in paths:
         subprocess.run([BIN / "nbdev_export"], cwd=ROOT, check=True)
         start = time.time()
-        try: execute(path)
+        try:
+            execute(path)
         except Exception as error:
             print(f"{name(path)} failed and was left as it was:\n{error}", file=sys.stderr)
             return 1
@@ -55,4 +58,5 @@ def main(asked: list[str]) -> int:
     return 0
 
 
-if __name__ == "__main__": sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

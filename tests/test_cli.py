@@ -1,4 +1,5 @@
 """The command line: exit codes, one-line errors, nothing overwritten, quick help."""
+
 import os
 import signal
 import subprocess
@@ -67,17 +68,31 @@ def test_wrong_use_is_2(command, bad, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [
-    ("simple",), ("--nonsense",), ("sample",), ("train",), ("train-vae",),
-    ("sample", "--out", "x.mp4", "--video", "a.mp4", "--audio", "b.wav"),
-    ("sample", "--out", "x.mp4", "--video", "not-there.mp4"), ("sample", "--out", "x.mp4", "--audio", "."),
-    ("sample", "--out", "x.mp4", "--seconds", "0"), ("sample", "--out", "x.mp4", "--seconds", "nan"),
-    ("sample", "--out", "x.mp4", "--guidance-weight", "-1"),
-    ("train", "--out", "r", "--config", "huge"), ("train", "--out", "r", "--data", "toy:chess"),
-    ("train", "--out", "r", "--data", "clips.pt"), ("train", "--out", "r", "--data", "gone.safetensors"),
-    ("train", "--out", "r", "--resume", "--overwrite"), ("train", "--out", "r", "--n-clips", "0"),
-    ("train", "--out", "r", "--learning-rate", "0"), ("train", "--out", "r", "--batch-size", "-3"),
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("simple",),
+        ("--nonsense",),
+        ("sample",),
+        ("train",),
+        ("train-vae",),
+        ("sample", "--out", "x.mp4", "--video", "a.mp4", "--audio", "b.wav"),
+        ("sample", "--out", "x.mp4", "--video", "not-there.mp4"),
+        ("sample", "--out", "x.mp4", "--audio", "."),
+        ("sample", "--out", "x.mp4", "--seconds", "0"),
+        ("sample", "--out", "x.mp4", "--seconds", "nan"),
+        ("sample", "--out", "x.mp4", "--guidance-weight", "-1"),
+        ("train", "--out", "r", "--config", "huge"),
+        ("train", "--out", "r", "--data", "toy:chess"),
+        ("train", "--out", "r", "--data", "clips.pt"),
+        ("train", "--out", "r", "--data", "gone.safetensors"),
+        ("train", "--out", "r", "--resume", "--overwrite"),
+        ("train", "--out", "r", "--n-clips", "0"),
+        ("train", "--out", "r", "--learning-rate", "0"),
+        ("train", "--out", "r", "--batch-size", "-3"),
+    ],
+    ids=" ".join,
+)
 def test_more_wrong_use_is_2(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     check_error(capsys, 2, *arguments)
@@ -121,28 +136,51 @@ def test_file_in_place_of_the_folder(command, tmp_path, capsys):
 def test_input_is_never_the_output(tmp_path, untrained, capsys):
     path = tmp_path / "x.mp4"
     path.write_text("mine")
-    err = check_error(capsys, 1, "sample", "--video", path, "--out", path, "--overwrite", "--model", untrained)
+    err = check_error(
+        capsys, 1, "sample", "--video", path, "--out", path, "--overwrite", "--model", untrained
+    )
     assert "input" in err and path.read_text() == "mine"
 
 
 def test_no_video_in_the_video(tmp_path, untrained, capsys):
     (tmp_path / "notes.mp4").write_text("not a video at all")
-    err = check_error(capsys, 1, "sample", "--video", tmp_path / "notes.mp4", "--out", tmp_path / "x.mp4",
-                      "--model", untrained)
+    err = check_error(
+        capsys,
+        1,
+        "sample",
+        "--video",
+        tmp_path / "notes.mp4",
+        "--out",
+        tmp_path / "x.mp4",
+        "--model",
+        untrained,
+    )
     assert "notes.mp4" in err and not (tmp_path / "x.mp4").exists()
 
 
 def test_empty_input(tmp_path, untrained, capsys):
     (tmp_path / "empty.wav").touch()
-    err = check_error(capsys, 1, "sample", "--audio", tmp_path / "empty.wav", "--out", tmp_path / "x.mp4",
-                      "--model", untrained)
+    err = check_error(
+        capsys,
+        1,
+        "sample",
+        "--audio",
+        tmp_path / "empty.wav",
+        "--out",
+        tmp_path / "x.mp4",
+        "--model",
+        untrained,
+    )
     assert "empty" in err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_unwritable_folder_is_named(tmp_path, capsys):
     tmp_path.chmod(0o500)
-    for arguments in (("sample", "--out", tmp_path / "x.mp4"), ("train", "--out", tmp_path / "run")):
+    for arguments in (
+        ("sample", "--out", tmp_path / "x.mp4"),
+        ("train", "--out", tmp_path / "run"),
+    ):
         assert str(tmp_path) in check_error(capsys, 1, *arguments)
 
 
@@ -160,7 +198,8 @@ DAMAGES = {
 }
 
 
-def _weights(folder): return folder / "diffusion_pytorch_model.safetensors"
+def _weights(folder):
+    return folder / "diffusion_pytorch_model.safetensors"
 
 
 def _edit(folder, old, new):
@@ -174,7 +213,8 @@ def test_damaged_model_is_one_line(damage, untrained, tmp_path, capsys):
     folder = tmp_path / "copy"
     if damage != "no such model":
         folder.mkdir()
-        for file in untrained.iterdir(): (folder / file.name).write_bytes(file.read_bytes())
+        for file in untrained.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
     DAMAGES[damage](folder)
     for arguments in (("sample", "--out", tmp_path / "x.mp4"), ("info",)):
         assert str(folder) in check_error(capsys, 1, *arguments, "--model", folder)
@@ -182,7 +222,9 @@ def test_damaged_model_is_one_line(damage, untrained, tmp_path, capsys):
 
 
 # ---- right use
-@pytest.mark.parametrize("arguments", [("--help",), (), *((c, "--help") for c in COMMANDS), ("--version",)], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [("--help",), (), *((c, "--help") for c in COMMANDS), ("--version",)], ids=str
+)
 def test_help_is_0(arguments, capsys):
     code, out, err = run(capsys, *arguments)
     assert code == 0 and out and not err
@@ -190,8 +232,20 @@ def test_help_is_0(arguments, capsys):
 
 def test_help_names_every_option(capsys):
     text = run(capsys, "train", "--help")[1]
-    for option in ("config", "data", "n-clips", "out", "steps", "batch-size", "seed", "learning-rate", "device",
-                   "threads", "resume", "overwrite"):
+    for option in (
+        "config",
+        "data",
+        "n-clips",
+        "out",
+        "steps",
+        "batch-size",
+        "seed",
+        "learning-rate",
+        "device",
+        "threads",
+        "resume",
+        "overwrite",
+    ):
         assert f"--{option}" in text
 
 
@@ -215,27 +269,51 @@ def test_doctor_cures_what_it_finds(capsys, monkeypatch, tmp_path):
 def test_overwrite_overwrites(tmp_path, untrained, capsys):
     out = tmp_path / "x.mp4"
     out.write_text("old")
-    code, text, err = run(capsys, "sample", "--out", out, "--seconds", "0.8", "--steps", "1", "--model", untrained,
-                          "--overwrite", "--device", "cpu")
+    code, text, err = run(
+        capsys,
+        "sample",
+        "--out",
+        out,
+        "--seconds",
+        "0.8",
+        "--steps",
+        "1",
+        "--model",
+        untrained,
+        "--overwrite",
+        "--device",
+        "cpu",
+    )
     assert code == 0 and str(out) in text and not err and out.stat().st_size > 1000
     assert [p.name for p in tmp_path.iterdir()] == ["x.mp4"]
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(FileNotFoundError): cli.run(["sample", "--debug", "--out", str(tmp_path / "no" / "x.mp4")])
+    with pytest.raises(FileNotFoundError):
+        cli.run(["sample", "--debug", "--out", str(tmp_path / "no" / "x.mp4")])
 
 
 def test_unforeseen_errors_are_named():
-    assert cli.error_lines(KeyError("key")).startswith("KeyError") and "--debug" in cli.error_lines(KeyError("key"))
-    assert cli.error_lines(OSError(28, "No space left on device", "x.mp4")) == "x.mp4: No space left on device"
+    assert cli.error_lines(KeyError("key")).startswith("KeyError") and "--debug" in cli.error_lines(
+        KeyError("key")
+    )
+    assert (
+        cli.error_lines(OSError(28, "No space left on device", "x.mp4"))
+        == "x.mp4: No space left on device"
+    )
     assert len(cli.error_lines(ValueError("a\nb\nc\nd\ne")).splitlines()) == 3
     assert cli.error_lines(RuntimeError()) == "RuntimeError"
 
 
 # ---- as a process
 def command_line(*arguments, **settings):
-    return subprocess.run([Path(sys.executable).parent / "cmmd", *map(str, arguments)], capture_output=True,
-                          text=True, timeout=120, **settings)
+    return subprocess.run(
+        [Path(sys.executable).parent / "cmmd", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **settings,
+    )
 
 
 def test_help_within_2_seconds(tmp_path):
@@ -245,7 +323,8 @@ def test_help_within_2_seconds(tmp_path):
         done = command_line("train", "--help", cwd=tmp_path)
         times.append(time.perf_counter() - began)
         assert done.returncode == 0 and done.stderr == ""
-        if times[-1] < 2: break
+        if times[-1] < 2:
+            break
     assert min(times) < 2, times
 
 
@@ -255,12 +334,31 @@ def test_error_of_the_process(tmp_path):
     assert command_line("sample", cwd=tmp_path).returncode == 2
 
 
-@pytest.mark.parametrize("wait", [0.3, 6.])
+@pytest.mark.parametrize("wait", [0.3, 6.0])
 def test_interrupted_is_130(wait, tmp_path, untrained):
     out = tmp_path / "x.mp4"
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, "sample", "--out", out, "--model", untrained, "--steps", "1000", "--seconds",
-         "60", "--threads", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        [
+            sys.executable,
+            "-c",
+            SCRIPT,
+            "sample",
+            "--out",
+            out,
+            "--model",
+            untrained,
+            "--steps",
+            "1000",
+            "--seconds",
+            "60",
+            "--threads",
+            "1",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
     assert process.stdout.readline() == "ready\n"
     time.sleep(wait)
     process.send_signal(signal.SIGINT)
@@ -270,12 +368,17 @@ def test_interrupted_is_130(wait, tmp_path, untrained):
 
 
 def test_nobody_reads_on(tmp_path):
-    pipe = subprocess.Popen([Path(sys.executable).parent / "cmmd", "--help"], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, cwd=tmp_path)
+    pipe = subprocess.Popen(
+        [Path(sys.executable).parent / "cmmd", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+    )
     pipe.stdout.close()
     err = pipe.stderr.read()
     pipe.wait(timeout=60)
     assert b"Traceback" not in err
 
 
-def test_cpu_is_always_a_device(): assert str(pick_device("cpu")) == "cpu"
+def test_cpu_is_always_a_device():
+    assert str(pick_device("cpu")) == "cpu"

@@ -11,7 +11,8 @@ number_of = {module: nb.number for nb in notebooks.values() for module in nb.mod
 each_lesson = pytest.mark.parametrize("path", LESSONS, ids=name)
 
 
-def test_there_are_notebooks(): assert LESSONS and MODULES
+def test_there_are_notebooks():
+    assert LESSONS and MODULES
 
 
 @each_lesson
@@ -33,7 +34,8 @@ def test_exports_at_most_one_module(path):
 def test_each_module_has_one_notebook():
     homes = defaultdict(list)
     for path, nb in notebooks.items():
-        for module in nb.modules: homes[module].append(path.name)
+        for module in nb.modules:
+            homes[module].append(path.name)
     assert {m: h for m, h in homes.items() if len(h) > 1} == {}
     assert {p.stem for p in MODULES} == set(homes), "modules and default_exp names differ"
 
@@ -66,7 +68,8 @@ def test_an_exported_name_is_defined_once():
     for path, nb in notebooks.items():
         for cell in nb.code:
             if cell.exported:
-                for n in defined_names(cell.tree): homes[n].add(path.name)
+                for n in defined_names(cell.tree):
+                    homes[n].add(path.name)
     public = {n: sorted(h) for n, h in homes.items() if len(h) > 1 and not n.startswith("_")}
     assert public == {}, "defined in several notebooks"
 
@@ -82,8 +85,12 @@ def test_no_export_of_another_notebook_is_written_again(path):
         for n in defined_names(c.tree)
         if not n.startswith("_")
     }
-    again = [(n.name, exports[n.name]) for c in notebooks[path].code for n in c.tree.body
-             if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in exports]
+    again = [
+        (n.name, exports[n.name])
+        for c in notebooks[path].code
+        for n in c.tree.body
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in exports
+    ]
     assert again == [], "already exported there: import it"
 
 

@@ -13,6 +13,7 @@ CHECKPOINTS = sorted({p.parent for p in (DATA / "weights").rglob("*.safetensors"
 @pytest.fixture(scope="module")
 def made():
     from make_data import files
+
     return files()
 
 
@@ -27,6 +28,7 @@ def test_toy_clips_show_and_sound_the_same(made, tmp_path):
     "Decoded, not byte by byte: another version of the encoder may write other bytes."
     import av
     import numpy as np
+
     for file in sorted(name for name in made if name.endswith(".mp4")):
         (tmp_path / file).write_bytes(made[file])
         for kind in ("video", "audio"):
@@ -43,7 +45,8 @@ def test_toy_clips_show_and_sound_the_same(made, tmp_path):
             )
 
 
-def test_there_are_weights(): assert CHECKPOINTS
+def test_there_are_weights():
+    assert CHECKPOINTS
 
 
 @pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda p: p.name)
@@ -56,13 +59,17 @@ def test_checkpoint_has_a_card_and_nothing_but_plain_files(folder):
         assert any(word in card.lower() for card in cards), f"the card lacks '{word}'"
 
 
-@pytest.mark.parametrize("path", [p for c in CHECKPOINTS for p in sorted(c.glob("*.safetensors"))],
-                         ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize(
+    "path",
+    [p for c in CHECKPOINTS for p in sorted(c.glob("*.safetensors"))],
+    ids=lambda p: f"{p.parent.name}/{p.name}",
+)
 def test_weights_are_whole_and_finite(path):
     import torch
     from safetensors.torch import load_file
+
     data = path.read_bytes()
-    head = json.loads(data[8:8 + struct.unpack("<Q", data[:8])[0]])
+    head = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
     ends = [t["data_offsets"][1] for name, t in head.items() if name != "__metadata__"]
     assert 8 + struct.unpack("<Q", data[:8])[0] + max(ends) == len(data)
     assert all(torch.isfinite(t.float()).all() for t in load_file(path).values())

@@ -1,4 +1,5 @@
-"""A tiny training and all three kinds of sampling, through the installed command, in a folder of its own."""
+"""A tiny training and all three kinds of sampling, through the installed command."""
+
 import json
 import subprocess
 import sys
@@ -17,12 +18,20 @@ CLIP = ClipSpec.toy()
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path: return tmp_path_factory.mktemp("end to end")  # a space in the name
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("end to end")  # a space in the name
 
 
 def cmmd(place: Path, *arguments) -> str:
     "What the command printed; its errors when it fails."
-    command = [Path(sys.executable).parent / "cmmd", *map(str, arguments), "--device", "cpu", "--threads", "1"]
+    command = [
+        Path(sys.executable).parent / "cmmd",
+        *map(str, arguments),
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+    ]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Warning" not in done.stderr and "Traceback" not in done.stderr
@@ -32,7 +41,18 @@ def cmmd(place: Path, *arguments) -> str:
 @pytest.fixture(scope="module")
 def run(place) -> Path:
     "A run of four steps, stopped after two and resumed."
-    small = ("--config", "tiny", "--n-clips", "8", "--batch-size", "2", "--save-every", "2", "--seed", "3")
+    small = (
+        "--config",
+        "tiny",
+        "--n-clips",
+        "8",
+        "--batch-size",
+        "2",
+        "--save-every",
+        "2",
+        "--seed",
+        "3",
+    )
     assert "4 steps" in cmmd(place, "train", "--out", "run", "--steps", "4", *small)
     return place / "run"
 
@@ -44,19 +64,37 @@ def test_the_run_leaves_a_model(run):
 
 
 def test_a_finished_run_can_be_resumed_and_replaced(run, place):
-    small = ("--config", "tiny", "--n-clips", "8", "--batch-size", "2", "--save-every", "2", "--seed", "3")
+    small = (
+        "--config",
+        "tiny",
+        "--n-clips",
+        "8",
+        "--batch-size",
+        "2",
+        "--save-every",
+        "2",
+        "--seed",
+        "3",
+    )
     before = (run / "model" / "diffusion_pytorch_model.safetensors").read_bytes()
     cmmd(place, "train", "--out", "run", "--steps", "4", "--resume", *small)
     assert (run / "model" / "diffusion_pytorch_model.safetensors").read_bytes() == before
     cmmd(place, "train", "--out", "run", "--steps", "4", "--overwrite", *small)
-    assert (run / "model" / "diffusion_pytorch_model.safetensors").read_bytes() == before, "same seed, same model"
+    assert (run / "model" / "diffusion_pytorch_model.safetensors").read_bytes() == before, (
+        "same seed, same model"
+    )
 
 
 def test_video_to_sound(run, place):
     clips = make_clips(1, spec=CLIP.with_frames(25), seed=5)
     write_clip(place / "in.mp4", clips.video[0], None, spec=CLIP)
-    cmmd(place, "sample", "--video", "in.mp4", "--out", "sound.mp4", "--model", "run", "--steps", "2")
-    before, after = read_media(place / "in.mp4", spec=CLIP), read_media(place / "sound.mp4", spec=CLIP)
+    cmmd(
+        place, "sample", "--video", "in.mp4", "--out", "sound.mp4", "--model", "run", "--steps", "2"
+    )
+    before, after = (
+        read_media(place / "in.mp4", spec=CLIP),
+        read_media(place / "sound.mp4", spec=CLIP),
+    )
     assert np.array_equal(before.video, after.video), "the picture is the very same"
     info = probe(place / "sound.mp4")
     assert abs(info.audio.duration - 2.5) < 1e-3 and abs(info.video.duration - 2.5) < 1e-3
@@ -66,29 +104,86 @@ def test_video_to_sound(run, place):
 def test_sound_to_video(run, place):
     wave = make_clips(1, spec=CLIP.with_frames(25), seed=6).waveform[0, :33_333]
     write_wav(place / "in.wav", wave, spec=CLIP)
-    cmmd(place, "sample", "--audio", "in.wav", "--out", "picture.mp4", "--model", "run", "--steps", "2")
+    cmmd(
+        place,
+        "sample",
+        "--audio",
+        "in.wav",
+        "--out",
+        "picture.mp4",
+        "--model",
+        "run",
+        "--steps",
+        "2",
+    )
     info = probe(place / "picture.mp4")
-    assert 0 <= info.video.duration - 33_333 / 16_000 <= 0.02 and min(info.video.width, info.video.height) >= 256
+    assert (
+        0 <= info.video.duration - 33_333 / 16_000 <= 0.02
+        and min(info.video.width, info.video.height) >= 256
+    )
     heard = read_media(place / "picture.mp4", spec=CLIP).waveform[:33_333]
     assert float((heard - wave).square().mean() / wave.square().mean()) < 0.2, "the sound is kept"
 
 
 def test_both(run, place):
-    cmmd(place, "sample", "--seconds", "1.2", "--out", "both.mp4", "--model", "run", "--steps", "2", "--seed", "1")
-    cmmd(place, "sample", "--seconds", "1.2", "--out", "again.mp4", "--model", "run", "--steps", "2", "--seed", "1")
+    cmmd(
+        place,
+        "sample",
+        "--seconds",
+        "1.2",
+        "--out",
+        "both.mp4",
+        "--model",
+        "run",
+        "--steps",
+        "2",
+        "--seed",
+        "1",
+    )
+    cmmd(
+        place,
+        "sample",
+        "--seconds",
+        "1.2",
+        "--out",
+        "again.mp4",
+        "--model",
+        "run",
+        "--steps",
+        "2",
+        "--seed",
+        "1",
+    )
     assert abs(probe(place / "both.mp4").video.duration - 1.2) < 1e-3
-    assert (place / "both.mp4").read_bytes() == (place / "again.mp4").read_bytes(), "same seed, same file"
+    assert (place / "both.mp4").read_bytes() == (place / "again.mp4").read_bytes(), (
+        "same seed, same file"
+    )
 
 
 def test_demo(run, place):
-    small = {"steps": 2, "n_train": 4, "n_eval": 2, "n_eval_picture": 2, "n_joint": 2, "n_show": 1, "num_sample_steps": 2}
+    small = {
+        "steps": 2,
+        "n_train": 4,
+        "n_eval": 2,
+        "n_eval_picture": 2,
+        "n_joint": 2,
+        "n_show": 1,
+        "num_sample_steps": 2,
+    }
     demo = run_demo(place / "demo", progress=False, device="cpu", model=str(run), **small)
     check_out_folder(place / "demo", DEMO_FILES, overwrite=True)
     text = (demo.folder / "index.html").read_text()
     assert "://" not in text.replace("http://www.w3.org", ""), "nothing is fetched from anywhere"
-    for part in text.split('src="')[1:]: assert (demo.folder / part.split('"')[0]).is_file()
+    for part in text.split('src="')[1:]:
+        assert (demo.folder / part.split('"')[0]).is_file()
     metrics = json.loads((demo.folder / "metrics.json").read_text())
     for scored in metrics["scores"].values():
         for key in ("at_100_ms", "at_50_ms"):
-            assert {"f1", "chance_f1", "ceiling_f1", "interval_95", "tolerance_s"} <= set(scored[key])
-    assert metrics["config"]["seed"] == 0 and metrics["versions"]["torch"] and "chance" in demo.summary()
+            assert {"f1", "chance_f1", "ceiling_f1", "interval_95", "tolerance_s"} <= set(
+                scored[key]
+            )
+    assert (
+        metrics["config"]["seed"] == 0
+        and metrics["versions"]["torch"]
+        and "chance" in demo.summary()
+    )

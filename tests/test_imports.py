@@ -39,8 +39,14 @@ def probe(module: str, folder) -> subprocess.CompletedProcess:
         "MPLCONFIGDIR": str(folder.parent / "mpl"),
         "OMP_NUM_THREADS": "1",
     }
-    return subprocess.run([sys.executable, "-c", PROBE, module], cwd=folder, env=env, timeout=180,
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", PROBE, module],
+        cwd=folder,
+        env=env,
+        timeout=180,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")

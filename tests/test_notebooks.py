@@ -49,11 +49,13 @@ def test_name_and_format(nb):
 
 
 @each
-def test_is_light(nb): assert nb.path.stat().st_size <= MAX_BYTES
+def test_is_light(nb):
+    assert nb.path.stat().st_size <= MAX_BYTES
 
 
 @each
-def test_no_widget_state(nb): assert "widgets" not in nb.json["metadata"]
+def test_no_widget_state(nb):
+    assert "widgets" not in nb.json["metadata"]
 
 
 # ---- the code
@@ -63,7 +65,8 @@ def test_code_cells_are_short(nb):
 
 
 @each
-def test_code_is_ascii(nb): assert [c.id for c in nb.code if not c.source.isascii()] == []
+def test_code_is_ascii(nb):
+    assert [c.id for c in nb.code if not c.source.isascii()] == []
 
 
 @each
@@ -140,8 +143,13 @@ def test_ran_when_it_should_show(nb):
     "A cell that prints, or ends in an expression other than a call, has its output committed."
     for cell in (c for c in nb.code if c.runs and not c.outputs):
         body = cell.tree.body
-        prints = [n for n in body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)
-                  and getattr(n.value.func, "id", "") in {"print", "display"}]
+        prints = [
+            n
+            for n in body
+            if isinstance(n, ast.Expr)
+            and isinstance(n.value, ast.Call)
+            and getattr(n.value.func, "id", "") in {"print", "display"}
+        ]
         last = body[-1] if body and not cell.source.rstrip().endswith(";") else None
         shows = isinstance(last, ast.Expr) and not isinstance(
             last.value, (ast.Call, ast.Constant, ast.Await)
@@ -192,13 +200,14 @@ def test_prose_comes_before_code(nb):
     cells = [c for c in nb.cells if c.kind == "code" or is_prose(c)]  # headings stand between
     for i, cell in enumerate(cells):
         if cell.kind == "code" and cell.source.strip() and not only_imports(cell):
-            assert any(map(is_prose, cells[max(0, i - 2):i])), (
+            assert any(map(is_prose, cells[max(0, i - 2) : i])), (
                 f"cell {cell.id}: no prose within two cells above"
             )
 
 
 @each_lesson
-def test_has_solutions(nb): assert ROOT / "nbs" / "solutions" / nb.path.name in SOLUTIONS
+def test_has_solutions(nb):
+    assert ROOT / "nbs" / "solutions" / nb.path.name in SOLUTIONS
 
 
 @each_lesson

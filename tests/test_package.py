@@ -13,8 +13,14 @@ from project import MODULES, ROOT, SETTINGS
 
 def run(*command, cwd, **env):
     "A command's output; its errors when it fails."
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env={**os.environ, **env},
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
 

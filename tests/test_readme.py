@@ -1,4 +1,5 @@
 """README and its siblings say what is there: reading order, commands, links."""
+
 import re
 
 import pytest
@@ -49,7 +50,8 @@ def test_the_two_commands_exist():
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_links_of_pages(path): assert broken(path.read_text(encoding="utf-8"), path.parent) == []
+def test_links_of_pages(path):
+    assert broken(path.read_text(encoding="utf-8"), path.parent) == []
 
 
 @pytest.mark.parametrize("path", LESSONS + SOLUTIONS, ids=name)
@@ -57,7 +59,8 @@ def test_links_of_notebooks(path):
     assert broken("\n".join(c.source for c in Notebook(path).markdown), path.parent) == []
 
 
-def test_readme_fits_one_screen(): assert len(README.splitlines()) <= 90 and len(README) <= 9_000
+def test_readme_fits_one_screen():
+    assert len(README.splitlines()) <= 90 and len(README) <= 9_000
 
 
 def test_version_is_in_the_changelog():

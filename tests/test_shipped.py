@@ -1,4 +1,7 @@
-"""The shipped checkpoint keeps its promises, measured small: 24 unseen clips, few steps (`benchmarks/shipped.py` is the full measure)."""
+"""The shipped checkpoint keeps its promises, measured small: 24 unseen clips, few steps.
+
+The full measure is `benchmarks/shipped.py`.
+"""
 
 import json
 

@@ -1,4 +1,5 @@
 """The house style of the exported code, read from its syntax tree."""
+
 import ast
 import re
 
@@ -19,10 +20,13 @@ def listed(bad) -> str:
 def functions(tree: ast.AST, *, inside: str = "", public: bool = False):
     "(qualified name, node, whether a method) of each function; `public` leaves out _names."
     for node in ast.iter_child_nodes(tree):
-        if not isinstance(node, (*FUNCTION, ast.ClassDef)): continue
+        if not isinstance(node, (*FUNCTION, ast.ClassDef)):
+            continue
         hidden = node.name.startswith("_") and node.name != "__init__"
-        if public and hidden: continue
-        if isinstance(node, FUNCTION): yield inside + node.name, node, bool(inside)
+        if public and hidden:
+            continue
+        if isinstance(node, FUNCTION):
+            yield inside + node.name, node, bool(inside)
         if isinstance(node, ast.ClassDef) or not public:
             yield from functions(node, inside=f"{inside}{node.name}.", public=public)
 
@@ -31,14 +35,16 @@ def arguments(node, method: bool) -> list[ast.arg]:
     "All arguments that a caller gives; a method's self or cls is none."
     a = node.args
     static = any(getattr(d, "id", "") == "staticmethod" for d in node.decorator_list)
-    positional = [*a.posonlyargs, *a.args][1 if method and not static else 0:]
+    positional = [*a.posonlyargs, *a.args][1 if method and not static else 0 :]
     return positional + [x for x in (a.vararg, a.kwarg) if x] + a.kwonlyargs
 
 
 def dotted(node) -> str:
     "`torch.load` of an attribute chain; empty when it is none."
-    try: return ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Name)) else ""
-    except RecursionError: return ""
+    try:
+        return ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Name)) else ""
+    except RecursionError:
+        return ""
 
 
 @each_module
@@ -58,8 +64,11 @@ def test_public_names_are_documented(path):
 
 @each_module
 def test_docstrings_are_one_line(path):
-    long = [q for q, node, _ in functions(trees[path], public=True)
-            if "\n" in (ast.get_docstring(node) or "")]
+    long = [
+        q
+        for q, node, _ in functions(trees[path], public=True)
+        if "\n" in (ast.get_docstring(node) or "")
+    ]
     assert not long, listed(long)
 
 
@@ -73,7 +82,8 @@ def test_public_functions_are_typed(path):
             for a in arguments(node, method)
             if a.annotation is None and a not in many
         ]
-        if node.returns is None and node.name != "__init__": untyped.append(f"{q} ->")
+        if node.returns is None and node.name != "__init__":
+            untyped.append(f"{q} ->")
     assert not untyped, listed(untyped)
 
 
@@ -81,7 +91,8 @@ def test_public_functions_are_typed(path):
 def test_public_functions_explain_each_parameter(path):
     lines, silent = sources[path].splitlines(), []
     for q, node, method in functions(trees[path], public=True):
-        if method: continue
+        if method:
+            continue
         silent += [
             f"{q}({a.arg})" for a in arguments(node, method) if "#" not in lines[a.end_lineno - 1]
         ]
@@ -104,7 +115,8 @@ def test_few_arguments_and_few_by_position(path):
     many = []
     for q, node, method in functions(trees[path], public=True):
         every, keyword = arguments(node, method), len(node.args.kwonlyargs)
-        if len(every) > MAX_ARGUMENTS: many.append(f"{q}: {len(every)} arguments")
+        if len(every) > MAX_ARGUMENTS:
+            many.append(f"{q}: {len(every)} arguments")
         by_place = len(every) - keyword - bool(node.args.vararg) - bool(node.args.kwarg)
         if by_place > (4 if len(every) <= 4 else 3) and node.name != "forward":
             many.append(f"{q}: {by_place} by position")
@@ -139,11 +151,16 @@ def test_no_way_to_run_code_from_a_file(path):
             bad += [a.name for a in node.names if a.name.split(".")[0] in modules]
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in modules:
             bad.append(node.module)
-        if not isinstance(node, ast.Call): continue
-        if dotted(node.func) in calls: bad.append(dotted(node.func))
-        bad += [ast.unparse(k) for k in node.keywords
-                if k.arg in {"shell", "allow_pickle", "weights_only", "trust_remote_code"}
-                and not (isinstance(k.value, ast.Constant) and k.value.value is False)]
+        if not isinstance(node, ast.Call):
+            continue
+        if dotted(node.func) in calls:
+            bad.append(dotted(node.func))
+        bad += [
+            ast.unparse(k)
+            for k in node.keywords
+            if k.arg in {"shell", "allow_pickle", "weights_only", "trust_remote_code"}
+            and not (isinstance(k.value, ast.Constant) and k.value.value is False)
+        ]
     assert not bad, listed(bad)
 
 
@@ -180,10 +197,13 @@ def test_randomness_comes_from_a_generator(path):
     forked = {inner for fork in forks for inner in ast.walk(fork)}
     bad = []
     for node in ast.walk(trees[path]):
-        if isinstance(node, ast.Import): bad += [a.name for a in node.names if a.name == "random"]
-        if not isinstance(node, ast.Call): continue
+        if isinstance(node, ast.Import):
+            bad += [a.name for a in node.names if a.name == "random"]
+        if not isinstance(node, ast.Call):
+            continue
         called = dotted(node.func)
-        if called in seeding and node not in forked: bad.append(called)
+        if called in seeding and node not in forked:
+            bad.append(called)
         if called in drawing and "generator" not in {k.arg for k in node.keywords}:
             bad.append(ast.unparse(node))
         if re.match(r"(np|numpy)\.random\.(?!default_rng|Generator|Philox|PCG64)", called):
@@ -228,7 +248,8 @@ WRITTEN += [
 )
 def test_nothing_unfinished_nothing_of_one_machine(path):
     text = path.read_text(encoding="utf-8")
-    if path.suffix == ".ipynb": text = "\n".join(c.source for c in Notebook(path).cells)
+    if path.suffix == ".ipynb":
+        text = "\n".join(c.source for c in Notebook(path).cells)
     words = ["TO" + "DO", "FIX" + "ME", "X" * 3, "NotImplemented" + "Error"]
     assert re.findall(r"\b(" + "|".join(words) + r")\b", text) == []
     assert (
