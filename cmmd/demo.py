@@ -261,7 +261,7 @@ def describe(
     if hit:
         off = sorted(1000 * float(min(abs(t - true))) for t in found["hit"])
         text += f" (off by {', '.join(f'{x:.0f}' for x in off)} ms)"
-    return text + (f"; {false} where there should be none." if false else ".")
+    return text + (f"; {false} invented." if false else ".")
 
 # %% ../nbs/75_demo.ipynb #99e3b893
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ def show_clip(
     figure = clip_figure(video, mel, spec=clip, events=events[0], generated=events[1], title=title)
     (folder / "figures" / f"{name}.png").write_bytes(to_png(figure))
     players = [] if original is None else [(f"clips/{name}-true.mp4", "the true clip", *original)]
-    players.append((f"clips/{name}-generated.mp4", "generated", video, wave))
+    players.append((f"clips/{name}-generated.mp4", title, video, wave))
     for file, _, pictures, sound in players:
         (folder / file).write_bytes(encode_mp4(pictures, sound, spec=clip, scale=5))
     words = ("impacts seen here", "are heard") if original is None else ("impacts", "hit")
@@ -298,7 +298,7 @@ PAGE_STYLE = """
 :root { color-scheme: light dark; --page: #f6f5f1; --card: #ffffff; --ink: #1d1f23;
   --soft: #5d636e; --line: #e2e0d9; --accent: #0a6c9e; --band: #0a6c9e38; --plate: #ffffff; }
 @media (prefers-color-scheme: dark) { :root { --page: #14161a; --card: #1d2025; --ink: #e9e9e6;
-  --soft: #a2a8b3; --line: #31353d; --accent: #64b5e8; --band: #64b5e844; --plate: #f4f3ef; } }
+  --plate: #ffffff; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.6; font-size: 16px;
   font-family: system-ui, -apple-system, "Segoe UI", "Noto Sans", "DejaVu Sans", sans-serif; }
@@ -367,7 +367,7 @@ def score_card(
     s = scored["at_100_ms"]
     f1, (low, high), guess, best = s["f1"], s["interval_95"], s["chance_f1"], s["ceiling_f1"]
     return f"""<div class="card score"><h3>{html.escape(title)}</h3><b>{f1:.2f}</b>
-<span class="soft">F1 within 100 ms; 95% interval {low:.2f} to {high:.2f}</span>
+<span class="soft">F1 within 100 ms (95%: {low:.2f} to {high:.2f})</span>
 <div class="track" role="img" aria-label="F1 {f1:.2f}, chance {guess:.2f}, ceiling {best:.2f}">
 <i class="value" style="width:{100 * f1:.1f}%"></i>
 <i class="range" style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></i>
@@ -482,16 +482,17 @@ The other way round, with the same weights (guidance weight {picture_guidance:g}
 given, the ball is generated."""),
     "both": ("Both at once", """\
 Picture and sound from noise alone. No event is right or wrong here; what counts is that eye and
-ear agree.""")}
+ear agree. A true event in these figures is an impact that our detector sees in the picture.""")}
 
 # %% ../nbs/75_demo.ipynb #d7037dfd
 def _score_cards(metrics: dict) -> str:
     scores, training = metrics["scores"], metrics["training"]
-    fresh = f"{training['steps']:,} steps, {training['seconds'] / 60:.1f} minutes on this machine."
+    minutes = f"{training['seconds'] / 60:.1f} minutes"
+    fresh = f"Trained just now: {training['steps']:,} steps, {minutes}."
     return "".join([
-        score_card("Video to sound, trained just now", scores["sound, fresh model"], fresh),
+        score_card("Video to sound, fresh model", scores["sound, fresh model"], fresh),
         score_card("Video to sound, shipped model", scores["sound, shipped model"],
-                   "Guided, after a longer training."),
+                   "Trained longer, guided."),
         score_card("Sound to video, shipped model", scores["picture, shipped model"],
                    "Guided; impacts read off the picture.")])
 
@@ -554,7 +555,7 @@ def _training_record(folder: Path, result: TrainResult) -> dict:
     "Draws the losses; the run in numbers."
     history = result.history
     steps, sound, video = ([h[k] for h in history] for k in ("step", "loss_audio", "loss_video"))
-    figure = curves(steps, {"sound": sound, "video": video}, xlabel="step", ylabel="loss", log="y",
+    figure = curves(steps, {"sound": sound, "video": video}, xlabel="step", ylabel="loss",
                     title="Training loss of the two streams")
     (folder / "figures" / "training.png").write_bytes(to_png(figure))
     return {"steps": result.step, "seconds": round(result.seconds, 1), "skipped": result.skipped,

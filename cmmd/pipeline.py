@@ -210,7 +210,7 @@ def stretches(
     return [(first, first + size) for first in firsts]
 
 # %% ../nbs/52_pipeline.ipynb #3b91d66c
-MIN_FRAMES = 8  # shorter clips are held or padded to this many, and cut afterwards
+MIN_FRAMES = 4  # shorter clips are held or padded to this many, and cut afterwards
 
 
 def hold_last(
