@@ -27,7 +27,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 
 def option(
-    default,         # the value when the option is not given; ... when it must be
+    default: Any,    # the value when the option is not given; ... when it must be
     text: str,       # one line of help
     **limits,        # of `typer.Option`: min, max
 ) -> Any:            # a dataclass field
@@ -154,7 +154,7 @@ class TrainOptions:
     seed: int = option(0, "Of weights, data, order and noise.")
     data_seed: int|None = option(None, "Of the toy clips; default: the seed.", min=0)
     start: Path|None = option(None, "Begin with the weights of a model, a run, or a run's step_*.")
-    audio_snr_scale: float|None = option(None, "The sound's SNR against the video's (notebook 45).",
+    audio_snr_scale: float|None = option(None, "The sound's SNR against the video's (notebook 65).",
                                          min=1e-6, max=1e6)
     save_every: int|None = option(None, "Steps between checkpoints.", min=1)
     resume: bool = option(False, "Go on with the newest good checkpoint of the run.")
@@ -392,7 +392,8 @@ def check_machine() -> list[Finding]:
     return [Finding(True, "cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}"),
             Finding(gpu is not None, "gpu", gpu or "no CUDA GPU: everything runs on the CPU",
                     "with an NVIDIA GPU: install a CUDA build of torch", needed=False),
-            Finding(free > 2, "disk", f"{free:.1f} GB free here", "make room: runs take up to 2 GB"),
+            Finding(free > 2, "disk", f"{free:.1f} GB free here",
+                    "make room: runs take up to 2 GB"),
             Finding(mine, "folder", "writable" if mine else "no right to write here",
                     "go to a folder of your own", needed=False)]
 

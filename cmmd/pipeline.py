@@ -143,34 +143,35 @@ class WindowedModel:
         self,
         model: Callable,      # (video_z, audio_z, t) -> two velocities, with `.config.clip`
         overlap: int=6,       # video frames that neighbouring windows share
-        batch_size: int=16,   # windows at a time
+        *,
+        n_frames: int=54,     # video frames of a window; a shorter clip is one window
+        batch_size: int=6,    # windows at a time
     ):
-        check_range("overlap", overlap, 1, model.config.clip.n_frames - 1)
-        self.model, self.config = model, model.config
-        self.overlap, self.batch_size = overlap, batch_size
+        self.model, self.config, self.batch_size = model, model.config, batch_size
+        self.window = model.config.clip.with_frames(n_frames)
+        self.overlap = check_range("overlap", overlap, 1, n_frames - 1)
 
     def parameters(self) -> Iterator[nn.Parameter]: return self.model.parameters()
 
     def places(self, n_frames: int, n_columns: int) -> list[tuple[int, int]]:
         "First frame and mel column of each window; the last one ends with both streams."
-        clip = self.config.clip
-        firsts = windows(n_frames, clip, overlap=self.overlap)
-        columns = [round(first * clip.mel_rate / clip.fps) for first in firsts[:-1]]
-        return list(zip(firsts, [*columns, n_columns - clip.n_mel_frames]))
+        firsts = windows(n_frames, self.window, overlap=self.overlap)
+        columns = [round(first * self.window.mel_rate / self.window.fps) for first in firsts[:-1]]
+        return list(zip(firsts, [*columns, n_columns - self.window.n_mel_frames]))
 
     def __call__(self, video: Tensor, audio: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        clip = self.config.clip
-        if video.shape[1] <= clip.n_frames: return self.model(video, audio, t)
+        n_frames, n_columns = self.window.n_frames, self.window.n_mel_frames
+        if video.shape[1] <= n_frames: return self.model(video, audio, t)
         places = self.places(video.shape[1], audio.shape[-1])
-        frames = torch.cat([video[:, f:f + clip.n_frames] for f, _ in places])
-        columns = torch.cat([audio[..., c:c + clip.n_mel_frames] for _, c in places])
+        frames = torch.cat([video[:, f:f + n_frames] for f, _ in places])
+        columns = torch.cat([audio[..., c:c + n_columns] for _, c in places])
         batches = (x.split(self.batch_size) for x in (frames, columns, t.repeat(len(places))))
         streams = zip(*(self.model(*batch) for batch in zip(*batches)))
         pictures, sounds = (torch.cat(stream).chunk(len(places)) for stream in streams)
         return (join_frames(pictures, [f for f, _ in places]),
                 crossfade(sounds, [c for _, c in places]))
 
-# %% ../nbs/52_pipeline.ipynb #52be374f
+# %% ../nbs/52_pipeline.ipynb #67dd3337
 @dataclass(frozen=True)
 class Sampling:
     "How a soundtrack, a picture or both are generated."
@@ -178,8 +179,9 @@ class Sampling:
     guidance_weight: float|None = None  # lambda; None: 2 for a soundtrack, 0.2 for a picture
     num_sample_steps: int = 50          # evaluations of the network (CMMD: 200)
     seed: int = 0                       # of all noise
-    overlap: int = 6  # video frames that neighbouring windows share
-    max_windows: int = 12  # guided together; a longer clip is made in stretches of so many
+    overlap: int = 6                    # video frames that neighbouring windows share
+    window: int = 54                    # video frames of a window
+    max_windows: int = 4                # guided together; longer clips are made in stretches
     solver: DDIM = DDIM(noise_direction="fresh")  # stochastic: much the best on the toy world (50)
 
     def __post_init__(self):
@@ -187,6 +189,7 @@ class Sampling:
         for name, low, high in (
             ("num_sample_steps", 1, 1000),
             ("overlap", 1, 1000),
+            ("window", 2, 100_000),
             ("max_windows", 2, 10_000),
         ):
             value = getattr(self, name)
@@ -200,16 +203,16 @@ class Sampling:
 
 def stretches(
     n_frames: int,        # of the whole
-    clip: ClipSpec,       # of a window
+    clip: ClipSpec,       # rates
     sampling: Sampling,   # overlap and windows of a stretch
 ) -> list[tuple[int, int]]:  # first frame and the one after the last
     "A long clip in overlapping stretches that fit in memory; most clips are one stretch."
-    size = clip.n_frames + (sampling.max_windows - 1) * (clip.n_frames - sampling.overlap)
+    size = sampling.window + (sampling.max_windows - 1) * (sampling.window - sampling.overlap)
     if n_frames <= size: return [(0, n_frames)]
     firsts = windows(n_frames, clip.with_frames(size), overlap=sampling.overlap)
     return [(first, first + size) for first in firsts]
 
-# %% ../nbs/52_pipeline.ipynb #3b91d66c
+# %% ../nbs/52_pipeline.ipynb #e2962290
 MIN_FRAMES = 4  # shorter clips are held or padded to this many, and cut afterwards
 
 
@@ -236,7 +239,7 @@ def mel_to_waveform(
     wave = vocoder(mel, clip, generator=make_generator(seed, "vocoder"))[:n_samples]
     return check_finite("the vocoder's waveform", wave) / max(1., float(wave.abs().max()))
 
-# %% ../nbs/52_pipeline.ipynb #dc3ab942
+# %% ../nbs/52_pipeline.ipynb #85151181
 def _check_frames(video: Tensor, clip: ClipSpec) -> Tensor:
     side = clip.frame_size
     good = (
@@ -260,7 +263,8 @@ def soundtrack_mel(
     sampling: Sampling,   # how
 ) -> Tensor:              # (n_mels, t) log-mel in decades
     "The log-mel of a sound for a video: guided V2A over overlapping windows (CMMD Eq. 3 and 5)."
-    clip, windowed = model.config.clip, WindowedModel(model, sampling.overlap)
+    clip = model.config.clip
+    windowed = WindowedModel(model, sampling.overlap, n_frames=sampling.window)
     frames = hold_last(_check_frames(video, clip), MIN_FRAMES)
     mels, places = [], stretches(len(frames), clip, sampling)
     for i, (first, end) in enumerate(places):
@@ -272,7 +276,7 @@ def soundtrack_mel(
     starts = [round(first * clip.mel_rate / clip.fps) for first, _ in places]
     return denormalise_mel(crossfade(mels, starts), model.config.mel_mean, model.config.mel_std)
 
-# %% ../nbs/52_pipeline.ipynb #4f641728
+# %% ../nbs/52_pipeline.ipynb #6b0b736d
 def soundtrack(
     model: Callable,      # a `CMMDUNet`, from `load_model`
     vae: nn.Module,       # the one it was trained with: `load_vae(model.config.vae)`
@@ -289,7 +293,7 @@ def soundtrack(
     )
     return mel_to_waveform(mel, n_samples, clip=clip, vocoder=vocoder, seed=how.seed)
 
-# %% ../nbs/52_pipeline.ipynb #6b0b736d
+# %% ../nbs/52_pipeline.ipynb #3143dfd4
 def picture(
     model: Callable,      # a `CMMDUNet`, from `load_model`
     vae: nn.Module,       # the one it was trained with
@@ -309,7 +313,7 @@ def picture(
         part = mel[None, :, column:column + clip.with_frames(end - first).n_mel_frames]
         parts.append(
             generate(
-                WindowedModel(model, how.overlap),
+                WindowedModel(model, how.overlap, n_frames=how.window),
                 audio=part.to(device),
                 guidance_weight=how.weight(0.2),
                 num_sample_steps=how.num_sample_steps,
@@ -319,7 +323,7 @@ def picture(
         )
     return decode_video(vae, join_frames(parts, [first for first, _ in places]))[0, :n_frames]
 
-# %% ../nbs/52_pipeline.ipynb #fdfe3ba3
+# %% ../nbs/52_pipeline.ipynb #c4cef16d
 def both(
     model: Callable,      # a `CMMDUNet`, from `load_model`
     vae: nn.Module,       # the one it was trained with
@@ -334,7 +338,7 @@ def both(
     if how.guidance_weight:
         raise ValueError("guidance_weight needs a video or a sound to be guided by")
     made = generate(
-        WindowedModel(model, how.overlap),
+        WindowedModel(model, how.overlap, n_frames=how.window),
         shape=shape,
         solver=how.solver,
         num_sample_steps=how.num_sample_steps,
@@ -345,7 +349,7 @@ def both(
     wave = mel_to_waveform(mel, n_samples, clip=clip, vocoder=vocoder, seed=how.seed)
     return decode_video(vae, made.video)[0, :n_frames], wave
 
-# %% ../nbs/52_pipeline.ipynb #3143dfd4
+# %% ../nbs/52_pipeline.ipynb #f6178225
 def check_out_file(
     path: str|Path,              # to be written
     *,
@@ -368,7 +372,7 @@ def check_out_file(
         raise PermissionError(f"{path}: no right to write in that folder")
     return path
 
-# %% ../nbs/52_pipeline.ipynb #c4cef16d
+# %% ../nbs/52_pipeline.ipynb #ad7237a1
 def check_out_folder(
     path: str|Path,             # to be created or filled
     known: tuple[str, ...],     # patterns of what an earlier run of the same kind leaves behind
@@ -392,7 +396,7 @@ def check_out_folder(
         raise PermissionError(f"{path}: no right to write in {str(there)!r}")
     return path
 
-# %% ../nbs/52_pipeline.ipynb #7f7fb8d7
+# %% ../nbs/52_pipeline.ipynb #363a2f42
 MIN_SIDE = 256  # pixels: smaller generated frames are written enlarged
 
 
@@ -417,7 +421,7 @@ def enlarge(
     k = math.ceil(MIN_SIDE / min(video.shape[1:3]))
     return repeat(video, "f h w c -> (f times) (h k1) (w k2) c", times=times, k1=k, k2=k)
 
-# %% ../nbs/52_pipeline.ipynb #c8169ff1
+# %% ../nbs/52_pipeline.ipynb #70193e1a
 def _write_soundtrack(out, source, models, *, overwrite: bool, how: Sampling) -> tuple[float, int]:
     clip = models[0].config.clip
     media = read_input(source, "video", clip=clip)
@@ -451,7 +455,7 @@ def _write_both(
     write_clip(out, enlarge(video), wave, spec=clip, overwrite=overwrite)
     return len(video) / clip.fps, len(video)
 
-# %% ../nbs/52_pipeline.ipynb #acfcf911
+# %% ../nbs/52_pipeline.ipynb #5482a41c
 WRITERS = {"soundtrack": _write_soundtrack, "picture": _write_picture, "both": _write_both}
 
 
@@ -461,7 +465,7 @@ class Sampled:
     path: Path          # of the mp4
     task: str           # a key of WRITERS
     duration: float     # s
-    n_windows: int      # of the model's length
+    n_windows: int      # that overlap
     sampling: Sampling  # how
     seconds: float      # that it took
 
@@ -476,7 +480,7 @@ class Sampled:
         return (f"{self.path}: {self.duration:.2f} s, {what[self.task]} "
                 f"({how}, seed {self.sampling.seed}, took {self.seconds:.0f} s)")
 
-# %% ../nbs/52_pipeline.ipynb #719fb0a1
+# %% ../nbs/52_pipeline.ipynb #542debd5
 def sample_file(
     out: str|Path,              # the mp4 file to write
     *,
@@ -501,5 +505,6 @@ def sample_file(
     task = "soundtrack" if video is not None else "picture" if audio is not None else "both"
     source = {"soundtrack": video, "picture": audio, "both": seconds}[task]
     duration, n_frames = WRITERS[task](Path(out), source, models, overwrite=overwrite, how=how)
-    n_windows = len(windows(n_frames, model.config.clip, overlap=how.overlap))
+    window = model.config.clip.with_frames(how.window)
+    n_windows = len(windows(n_frames, window, overlap=how.overlap))
     return Sampled(Path(out), task, duration, n_windows, how, time.perf_counter() - began)
