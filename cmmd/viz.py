@@ -222,7 +222,8 @@ def curves(
     series = {name: _check_curve(name, given, len(x)) for name, given in series.items()}
     if set(log) - {"x", "y"}: raise ValueError(f"log must be '', 'x', 'y' or 'xy', got {log!r}")
     with mpl.rc_context(STYLE):
-        fig, (ax,) = _canvas([3.], right=_beside([*series, "ceiling"]))
+        left = 1. if "y" in log else 0.75                          # room for "6 x 10^-1"
+        fig, (ax,) = _canvas([3.], left=left, right=_beside([*series, "ceiling"]))
         ax.set(xscale="log" if "x" in log else "linear", yscale="log" if "y" in log else "linear")
         for value, _, colour in lines: ax.axhline(value, color=colour, lw=1.3, ls=(0, (4, 3)))
         for i, (y, *band) in enumerate(series.values()):
@@ -234,7 +235,7 @@ def curves(
         ends += [(x[-1], y[np.isfinite(y)][-1], name, SERIES[i % len(SERIES)])
                  for i, (name, (y, *_)) in enumerate(series.items())]
         _label_ends(ax, ends)
-        _title(fig, title)
+        _title(fig, title, left)
     return fig
 
 # %% ../nbs/01_viz.ipynb #03c01de4
