@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from common import TOLERANCES, score
 
 from cmmd.core import make_generator
 from cmmd.datasets import toy_dataset
@@ -26,23 +27,8 @@ from cmmd.joint import loss_gap
 from cmmd.latents import decode_video, load_vae
 from cmmd.mel import denormalise_mel
 from cmmd.pipeline import load_model
-from cmmd.sync import bootstrap_interval, chance_f1, detect_impacts, detect_onsets, event_scores
+from cmmd.sync import chance_f1, detect_impacts, detect_onsets
 from cmmd.toy import make_clips
-
-TOLERANCES = (0.1, 0.05)
-
-
-def score(true, found) -> dict:
-    "F1 and its bootstrap interval over clips at each tolerance."
-    out = {}
-    for tol in TOLERANCES:
-        low, high = bootstrap_interval(true, found, tolerance=tol, generator=make_generator(0))
-        out[f"{1000 * tol:.0f} ms"] = {
-            "f1": round(event_scores(true, found, tolerance=tol).f1, 4),
-            "low": round(low, 4),
-            "high": round(high, 4),
-        }
-    return out
 
 
 def generated_events(

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['app', 'RUN_FILES', 'option', 'command', 'Interrupted', 'Machine', 'Output', 'SampleOptions', 'TrainOptions',
-           'VAEOptions', 'DemoOptions', 'InfoOptions', 'Finding', 'check_packages', 'check_codecs', 'check_machine',
-           'check_weights', 'error_lines', 'run', 'main']
+           'ContrastOptions', 'VAEOptions', 'DemoOptions', 'InfoOptions', 'Finding', 'check_packages', 'check_codecs',
+           'check_machine', 'check_weights', 'error_lines', 'run', 'main']
 
 # %% ../nbs/80_cli.ipynb #eaa43345
 import inspect
@@ -176,6 +176,35 @@ class TrainOptions:
         if not Path(self.data).is_file():
             raise typer.BadParameter(f"there is no file {self.data!r}")
 
+# %% ../nbs/80_cli.ipynb #d94cd983
+@dataclass(frozen=True)
+class ContrastOptions:
+    "The contrastive term."
+    contrast_weight: float = option(
+        0., "eta of the contrastive term, in mean norm; 0 trains without it (nCMMD).", min=0, max=1)
+    negatives: str = option("shift", "shift, split_swap, swap or mixture.")
+    contrast_target: str = option("own", "What a negative must miss: own, positive or other.")
+    contrast_bound: float|None = option(
+        None, "A negative's error above this counts as this; default: unbounded.", min=1e-6)
+    n_negatives: int = option(1, "Negatives per clip and modality.", min=1, max=64)
+
+    def __post_init__(self):
+        from cmmd.contrastive import TARGETS
+        from cmmd.negatives import NEGATIVES
+        for name, allowed in (("negatives", NEGATIVES), ("contrast_target", TARGETS)):
+            if getattr(self, name) not in allowed:
+                raise typer.BadParameter(f"--{name.replace('_', '-')} must be one of "
+                                         f"{', '.join(allowed)}; got {getattr(self, name)!r}")
+
+    def loss_fn(self) -> Callable:  # for `train`
+        "The loss with this term."
+        from cmmd.contrastive import ContrastiveConfig, ContrastiveLossFn
+        from cmmd.train import joint_loss_fn
+        if not self.contrast_weight: return joint_loss_fn
+        return ContrastiveLossFn(ContrastiveConfig(
+            self.contrast_weight, self.negatives, self.contrast_target, self.contrast_bound,
+            self.n_negatives))
+
 # %% ../nbs/80_cli.ipynb #9cbf22a9
 def _clear_run(folder: Path) -> None:
     "Removes an earlier run's files, while nobody else holds the folder."
@@ -187,13 +216,13 @@ def _clear_run(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 # %% ../nbs/80_cli.ipynb #62e55310
-def _model_and_data(what: TrainOptions, device: str):
+def _model_and_data(what: TrainOptions, contrast: ContrastOptions, device: str):
     "The network, with fresh weights or those of `--start`, and its data."
     from cmmd.pipeline import load_start, new_model
     from cmmd.unet import UNetConfig
     started = load_start(what.start) if what.start else None
     mel = (started.config.mel_mean, started.config.mel_std) if started else None
-    data, clip = _train_data(what, device, mel=mel)
+    data, clip = _train_data(what, device, mel=mel, margin=4 if contrast.contrast_weight else 0)
     sizes = started.config if started else getattr(UNetConfig, what.config)(
         clip=clip, vae=what.vae, mel_mean=data.mel_mean, mel_std=data.mel_std)
     if what.audio_snr_scale: sizes = replace(sizes, audio_snr_scale=what.audio_snr_scale)
@@ -202,7 +231,7 @@ def _model_and_data(what: TrainOptions, device: str):
     return model, data
 
 
-def _train_data(what: TrainOptions, device: str, *, mel: tuple[float, float]|None):
+def _train_data(what: TrainOptions, device: str, *, mel: tuple[float, float]|None, margin: int):
     "Clips, with the sound normalised as the started model knows it, and their sizes."
     from cmmd.core import ClipSpec
     from cmmd.datasets import load_dataset, toy_dataset
@@ -210,7 +239,7 @@ def _train_data(what: TrainOptions, device: str, *, mel: tuple[float, float]|Non
     if what.data.startswith("toy:"):
         seed = what.seed if what.data_seed is None else what.data_seed
         return toy_dataset(what.n_clips, load_vae(what.vae, device=device), seed=seed, mel=mel,
-                           kind=what.data.removeprefix("toy:")), ClipSpec.toy()
+                           kind=what.data.removeprefix("toy:"), margin=margin), ClipSpec.toy()
     data = load_dataset(what.data)
     if mel and (data.mel_mean, data.mel_std) != mel:
         raise ValueError("--data and --start must have the same mel_mean and mel_std; got "
@@ -226,7 +255,8 @@ def _train_config(what: TrainOptions):
 
 
 @command("train")
-def _train(what: TrainOptions, machine: Machine, output: Output) -> None:
+def _train(what: TrainOptions, contrast: ContrastOptions, machine: Machine,
+           output: Output) -> None:
     "Train a model; it can be stopped at any moment and resumed."
     if what.resume and output.overwrite:
         raise typer.BadParameter("give --resume or --overwrite, not both")
@@ -235,9 +265,10 @@ def _train(what: TrainOptions, machine: Machine, output: Output) -> None:
     device = machine.ready()
     from cmmd.train import train
     config = _train_config(what)
-    model, data = _model_and_data(what, device)
+    model, data = _model_and_data(what, contrast, device)
     if output.overwrite and what.out.is_dir(): _clear_run(what.out)
-    result = train(model, data, config=config, out_dir=what.out, resume=what.resume, device=device)
+    result = train(model, data, config=config, out_dir=what.out, resume=what.resume, device=device,
+                   loss_fn=contrast.loss_fn())
     if result.stopped:
         text = f"cmmd train: stopped at step {result.step} and saved; go on with --resume"
         typer.echo(text, err=True)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .checkpoint import atomic_folder
 from .core import ClipSpec, check_range, make_generator, pick_device
-from .datasets import ClipDataset, toy_dataset
+from .datasets import ClipDataset, join_datasets, toy_dataset
 from .guidance import DDIM, Generated, generate
 from .joint import loss_gap
 from .latents import decode_video, encode_video, load_vae
@@ -121,8 +121,7 @@ def encode_clips(
     for start in range(64, n, 64):
         on_part(start / n)
         parts.append(toy_dataset(min(64, n - start), vae, seed=seed, start=start, mel=mel))
-    video, audio = torch.cat([p.video for p in parts]), torch.cat([p.audio for p in parts])
-    return ClipDataset(video, audio, tuple(i for p in parts for i in p.ids), *mel)
+    return join_datasets(*parts)
 
 
 def train_fresh(

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['FUSIONS', 'nearest_index', 'audio_for_frames', 'video_for_columns', 'Fusion', 'NoFusion', 'EasyFusion',
-           'CrossAttentionFusion', 'get_fusion']
+           'CrossAttentionFusion', 'columns_of_frames', 'window_shift', 'WindowFusion', 'get_fusion']
 
 # %% ../nbs/31_easy_fusion.ipynb #9588426e
 import torch
@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .blocks import ColumnNorm, FrameNorm, attend, video_tokens, zero_init
-from .core import check_choice
+from .core import check_choice, check_range
 
 # %% ../nbs/31_easy_fusion.ipynb #ebc76884
 def nearest_index(
@@ -125,28 +125,96 @@ class CrossAttentionFusion(Fusion):
         self.audio_cross_out = zero_init(nn.Linear(a, a))
         self.norm_seen = nn.LayerNorm(v)
 
-    def _cross(self, q: Tensor, kv: Tensor) -> Tensor:  # (b n c), (b m 2c) -> (b n c)
+    def _cross(self, q: Tensor, kv: Tensor, mask: Tensor|None=None) -> Tensor:
+        "What queries (b, n, c) find in keys and values (b, m, 2c), of which (b, m) may be seen."
         q = rearrange(q, "b n (heads d) -> b heads n d", d=self.head_dim)
         k, v = rearrange(kv, "b m (two heads d) -> two b heads m d", two=2, d=self.head_dim)
-        return rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
+        out = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
+        return rearrange(out, "b heads n d -> b n (heads d)")
+
+    def other(self, video: Tensor, audio: Tensor, ratio: float|None) -> tuple[Tensor, Tensor]:
+        "What each pixel hears (b, f, h*w, c) and what each column sees (b, t, c): here of all."
+        pixels, columns = video_tokens(self.norm_video(video)), self.norm_audio(audio).mT
+        seen = self.norm_seen(video.mean((-2, -1)))
+        heard = self._cross(self.video_q(pixels).flatten(1, 2), self.video_kv(columns))
+        found = self._cross(self.audio_q(columns), self.audio_kv(seen))
+        return heard.unflatten(1, pixels.shape[1:3]), found
 
     def forward(self,
         video: Tensor,  # (b, f, c, h, w)
         audio: Tensor,  # (b, c, t)
-        columns_per_frame: float|None=None,  # not used: it has to find the time by itself
+        columns_per_frame: float|None=None,  # in time; `other` has no use for it here
     ) -> tuple[Tensor, Tensor]:              # the same shapes
-        pixels = rearrange(self.norm_video(video), "b f c h w -> b (f h w) c")
-        columns = self.norm_audio(audio).mT
-        from_audio = self.video_cross_out(self._cross(self.video_q(pixels), self.video_kv(columns)))
-        seen = self.norm_seen(video.mean((-2, -1)))
-        from_video = self.audio_cross_out(self._cross(self.audio_q(columns), self.audio_kv(seen)))
-        h, w = video.shape[-2:]
+        heard, found = self.other(video, audio, columns_per_frame)
+        h = rearrange(self.video_cross_out(heard), "b f (h w) c -> b f c h w", w=video.shape[-1])
         video, audio = super().forward(video, audio, columns_per_frame)
-        from_audio = rearrange(from_audio, "b (f h w) c -> b f c h w", h=h, w=w)
-        return video + from_audio, audio + from_video.mT
+        return video + h, audio + self.audio_cross_out(found).mT
+
+# %% ../nbs/31_easy_fusion.ipynb #def05a08
+def columns_of_frames(
+    shown: Tensor,  # int64 (t,), the frame of each column, rising, from `nearest_index`
+    n_frames: int,  # f
+) -> tuple[Tensor, Tensor]:  # int64 (f, k) columns; bool (f, k), which of them are real
+    "The columns that sound during each frame, padded to the longest list."
+    first = torch.searchsorted(shown, torch.arange(n_frames + 1, device=shown.device))
+    column = first[:-1, None] + torch.arange(int(first.diff().max()), device=shown.device)
+    return column.clamp(max=len(shown) - 1), column < first[1:, None]
+
+
+def window_shift(
+    audio: Tensor,  # (b, c, t), a layer's input
+    n_shifts: int,  # how many to choose from
+) -> Tensor:        # int64 (b,), from 0 to n_shifts - 1
+    "Each clip's shift, taken from the noise in its sound: the same input, the same shift."
+    check_range("n_shifts", n_shifts, 1)
+    return (audio.detach().double().mean((1, 2)) * 2**16).floor().long() % n_shifts
+
+
+def _pick(x: Tensor, index: Tensor) -> Tensor:  # (b n c), (b ...) -> (b ... c): x[clip, index]
+    clip = torch.arange(len(x), device=x.device).view(-1, *[1] * (index.ndim - 1))
+    flat = (index + clip * x.shape[1]).flatten()
+    return x.flatten(0, 1).index_select(0, flat).unflatten(0, index.shape)
+
+# %% ../nbs/31_easy_fusion.ipynb #73b65514
+class WindowFusion(CrossAttentionFusion):
+    "Cross-attention to a window of a few frames at a shift that changes (RS-MMA of MM-Diffusion)."
+    def __init__(self,
+        video_channels: int,  # c of the video
+        audio_channels: int,  # c of the audio
+        head_dim: int,        # features of an attention head, in both streams
+        *,
+        window: int=4,        # S in frames, at least 1; all of them in a shorter clip
+    ):
+        super().__init__(video_channels, audio_channels, head_dim)
+        check_range("window", window, 1)
+        self.window = window
+
+    def windows(self, audio: Tensor, n_frames: int) -> Tensor:  # (b, c, t) -> (b, f, S)
+        "The frames in each frame's window: those R, R + 1, .. R + S - 1 after it, around the end."
+        size = min(self.window, n_frames)
+        shift = window_shift(audio, n_frames - size + 1)[:, None, None]
+        frame, ahead = (torch.arange(n, device=audio.device) for n in (n_frames, size))
+        return (frame[:, None] + ahead + shift) % n_frames
+
+    def other(self, video: Tensor, audio: Tensor, ratio: float|None) -> tuple[Tensor, Tensor]:
+        "What each pixel hears (b, f, h*w, c) and what each column sees (b, t, c), in its window."
+        frames = self.windows(audio, video.shape[1])
+        shown = nearest_index(audio.shape[-1], video.shape[1], ratio=1 / ratio if ratio else None,
+                              device=audio.device)
+        column, real = columns_of_frames(shown, video.shape[1])
+        column, real = column[frames].flatten(2, 3), real[frames].flatten(2, 3)
+        real[..., 0] |= ~real.any(-1)  # a window without columns takes the first one after it
+        columns, seen = self.norm_audio(audio).mT, self.norm_seen(video.mean((-2, -1)))
+        q = self.video_q(video_tokens(self.norm_video(video)))
+        kv = _pick(self.video_kv(columns), column)
+        heard = self._cross(q.flatten(0, 1), kv.flatten(0, 1), real.flatten(0, 1))
+        q, kv = self.audio_q(columns), _pick(self.audio_kv(seen), frames[:, shown])
+        found = self._cross(q.flatten(0, 1)[:, None], kv.flatten(0, 1))
+        return heard.unflatten(0, frames.shape[:2]), found.squeeze(1).unflatten(0, q.shape[:2])
 
 # %% ../nbs/31_easy_fusion.ipynb #b654e8fe
-FUSIONS = {"easy": EasyFusion, "none": NoFusion, "cross_attention": CrossAttentionFusion}
+FUSIONS = {"easy": EasyFusion, "none": NoFusion, "cross_attention": CrossAttentionFusion,
+           "window": WindowFusion}
 
 
 def get_fusion(

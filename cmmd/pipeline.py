@@ -120,7 +120,7 @@ def load_start(
     path: str|Path,  # a model's folder, a training run's, or a checkpoint's (`step_...`)
 ) -> CMMDUNet:       # on the CPU; the averaged weights
     "A model to train on from: a finished one, or what a checkpoint of a stopped run holds."
-    if not (Path(path) / "manifest.json").is_file(): return load_model(path)
+    if not (Path(path) / "manifest.json").is_file(): return load_model(path).requires_grad_(True)
     found = load_checkpoint(path)
     sizes = {k: v for k, v in found.config["model"].items() if k != "class"}
     model = CMMDUNet(UNetConfig.from_dict(sizes))

@@ -93,6 +93,10 @@ def test_wrong_use_is_2(command, bad, tmp_path, capsys):
         ("train", "--out", "r", "--n-clips", "0"),
         ("train", "--out", "r", "--learning-rate", "0"),
         ("train", "--out", "r", "--batch-size", "-3"),
+        ("train", "--out", "r", "--contrast-weight", "-0.1"),
+        ("train", "--out", "r", "--contrast-weight", "nan"),
+        ("train", "--out", "r", "--negatives", "roll"),
+        ("train", "--out", "r", "--contrast-target", "mine"),
     ],
     ids=" ".join,
 )

@@ -17,6 +17,9 @@ from cmmd.toy import make_clips
 CLIP = ClipSpec.toy()
 
 
+SMALL = "--config tiny --n-clips 8 --batch-size 2 --save-every 2 --seed 3".split()
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("end to end")  # a space in the name
@@ -41,19 +44,7 @@ def cmmd(place: Path, *arguments) -> str:
 @pytest.fixture(scope="module")
 def run(place) -> Path:
     "A run of four steps, stopped after two and resumed."
-    small = (
-        "--config",
-        "tiny",
-        "--n-clips",
-        "8",
-        "--batch-size",
-        "2",
-        "--save-every",
-        "2",
-        "--seed",
-        "3",
-    )
-    assert "4 steps" in cmmd(place, "train", "--out", "run", "--steps", "4", *small)
+    assert "4 steps" in cmmd(place, "train", "--out", "run", "--steps", "4", *SMALL)
     return place / "run"
 
 
@@ -64,25 +55,24 @@ def test_the_run_leaves_a_model(run):
 
 
 def test_a_finished_run_can_be_resumed_and_replaced(run, place):
-    small = (
-        "--config",
-        "tiny",
-        "--n-clips",
-        "8",
-        "--batch-size",
-        "2",
-        "--save-every",
-        "2",
-        "--seed",
-        "3",
-    )
     before = (run / "model" / "diffusion_pytorch_model.safetensors").read_bytes()
-    cmmd(place, "train", "--out", "run", "--steps", "4", "--resume", *small)
+    cmmd(place, "train", "--out", "run", "--steps", "4", "--resume", *SMALL)
     assert (run / "model" / "diffusion_pytorch_model.safetensors").read_bytes() == before
-    cmmd(place, "train", "--out", "run", "--steps", "4", "--overwrite", *small)
+    cmmd(place, "train", "--out", "run", "--steps", "4", "--overwrite", *SMALL)
     assert (run / "model" / "diffusion_pytorch_model.safetensors").read_bytes() == before, (
         "same seed, same model"
     )
+
+
+def test_contrastive_training_goes_on_from_a_run(run, place):
+    more = ("--start", "run", "--steps", "2", "--n-clips", "8", "--batch-size", "2")
+    term = ("--contrast-weight", "0.01", "--negatives", "mixture", "--contrast-bound", "1")
+    cmmd(place, "train", "--out", "contrast", *more, *term)
+    record = json.loads((place / "contrast" / "model" / "training.json").read_text())
+    assert record["loss"].startswith("contrastive_loss(ContrastiveConfig(weight=0.01")
+    metrics = json.loads((place / "contrast" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert metrics["loss"] < metrics["loss_video"] + metrics["loss_audio"]
+    assert metrics["loss_negative"] > 0
 
 
 def test_video_to_sound(run, place):
