@@ -2,11 +2,12 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'LOSS_NAMES', 'FREE', 'epoch_order', 'clip_index', 'draw_times', 'draw_noise', 'paper_rate',
-           'cosine_rate', 'constant_rate', 'TrainConfig', 'check_train_config', 'TrainBatch', 'joint_loss_fn', 'Clips',
-           'StepData', 'make_batch', 'make_accelerator', 'num_noise_levels', 'ModelView', 'Trainer', 'release_model',
-           'step_gradients', 'step_trouble', 'train_step', 'TrainError', 'run_config', 'save_run', 'load_run', 'RunLog',
-           'read_metrics', 'interval_metrics', 'stop_signals', 'is_out_of_memory', 'out_of_memory', 'TrainResult',
-           'training_record', 'export_model', 'run_loop', 'any_process', 'prepare_folder', 'train', 'validation_loss']
+           'cosine_rate', 'constant_rate', 'RunConfig', 'TrainConfig', 'check_train_config', 'TrainBatch',
+           'joint_loss_fn', 'Clips', 'StepData', 'make_batch', 'make_accelerator', 'num_noise_levels', 'ModelView',
+           'Trainer', 'release_model', 'step_gradients', 'step_trouble', 'train_step', 'TrainError', 'run_config',
+           'save_run', 'load_run', 'RunLog', 'read_metrics', 'interval_metrics', 'stop_signals', 'is_out_of_memory',
+           'out_of_memory', 'TrainResult', 'training_record', 'export_model', 'run_loop', 'any_process',
+           'prepare_folder', 'run_training', 'train', 'validation_loss']
 
 # %% ../nbs/44_train.ipynb #621a41e8
 import copy
@@ -130,19 +131,18 @@ SCHEDULES = {"paper": paper_rate, "cosine": cosine_rate, "constant": constant_ra
 
 # %% ../nbs/44_train.ipynb #45fcb377
 @dataclass(frozen=True)
-class TrainConfig:
-    "How a model is trained; the defaults are nCMMD's (CMMD App. B.2, Table 4)."
+class RunConfig:
+    "What every training run has, whatever it trains."
     steps: int = 700_000            # steps when the run is over
-    batch_size: int = 8             # clips per step, over all processes
+    batch_size: int = 8             # samples per step, over all processes
     learning_rate: float = 1e-4     # Adam's, before the schedule
     schedule: str = "paper"         # a name in SCHEDULES
     warmup_steps: int = 0           # of the cosine schedule
     start_step: int = 0             # steps the given model has behind it
     ema_decay: float = 0.9999       # of the averaged weights, after their warm-up
     max_grad_norm: float = 1.       # longer gradients are shortened to this norm
-    max_loss: float = 10.           # a stream's or the negatives' mean error above this ends a run
-    stratified_t: bool = True       # spread a batch's noise levels evenly
-    seed: int = 0                   # of order, noise levels and noise
+    max_loss: float = 10.           # a part of the loss whose mean is above this ends a run
+    seed: int = 0                   # of order and of all that is drawn
     mixed_precision: str = "auto"   # "no", "bf16"; "auto" is bf16 on CUDA
     gradient_accumulation: int = 1  # pieces in which a process computes its share of a batch
     save_every: int = 1000          # steps between checkpoints
@@ -152,6 +152,16 @@ class TrainConfig:
     progress: bool = False          # a bar with the time left on stderr
 
     def __post_init__(self): check_train_config(self)
+    def rate(self, step: int) -> float:  # the learning rate of that step
+        return SCHEDULES[self.schedule](step, base=self.learning_rate, steps=self.steps,
+                                        warmup_steps=self.warmup_steps)
+    def to_dict(self) -> dict: return asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    "How a joint model is trained; the defaults are nCMMD's (CMMD App. B.2, Table 4)."
+    stratified_t: bool = True       # spread a batch's noise levels evenly
 
     @classmethod
     def paper(cls, **changes) -> "TrainConfig": return cls(**changes)  # nCMMD
@@ -163,14 +173,9 @@ class TrainConfig:
         return cls(**{"steps": 2000, "learning_rate": 1e-3, "schedule": "cosine",
                       "warmup_steps": 50, "ema_decay": 0.999, "save_every": 500, **changes})
 
-    def rate(self, step: int) -> float:  # the learning rate of that step
-        return SCHEDULES[self.schedule](step, base=self.learning_rate, steps=self.steps,
-                                        warmup_steps=self.warmup_steps)
-    def to_dict(self) -> dict: return asdict(self)
-
 # %% ../nbs/44_train.ipynb #f8b25f4d
 def check_train_config(
-    config: "TrainConfig",  # any
+    config: "RunConfig",  # any
 ) -> None:
     "Raise unless every field has its type and range."
     least = {"steps": 1, "batch_size": 1, "gradient_accumulation": 1, "save_every": 1,
@@ -235,7 +240,7 @@ class StepData(Dataset):
     def __init__(
         self,
         dataset: Clips,        # paired clips with names
-        config: TrainConfig,   # seed, batch size, accumulation
+        config: RunConfig,     # seed, batch size, accumulation
         *,
         num_train_steps: int,  # noise levels
         rank: int=0,           # of this process
@@ -250,10 +255,14 @@ class StepData(Dataset):
         self.rank, self.world, self.size = rank, world, config.batch_size // pieces
 
     def __getitem__(self, step: int) -> list[TrainBatch]:
-        return [replace(batch, dataset=self.dataset) for batch in self.pieces(step)]
+        return self.attach(self.pieces(step))
+
+    def attach(self, batches: list) -> list:
+        "The batches with what is too much to send from process to process: the data set."
+        return [replace(batch, dataset=self.dataset) for batch in batches]
 
     def pieces(self, step: int) -> list[TrainBatch]:
-        "The same without the data set, which would be too much to send from process to process."
+        "The same without the data set."
         c = self.config
         t = draw_times(step, batch_size=c.batch_size, num_train_steps=self.num_train_steps,
                        seed=c.seed, stratified=c.stratified_t)
@@ -266,7 +275,7 @@ class StepData(Dataset):
         if not self.config.num_workers: return (self[step] for step in range(start, stop))
         loader = DataLoader(_Pieces(self), batch_size=None, sampler=range(start, stop),
                             num_workers=self.config.num_workers, generator=torch.Generator())
-        return ([replace(b, dataset=self.dataset) for b in batches] for batches in loader)
+        return (self.attach(batches) for batches in loader)
 
 # %% ../nbs/44_train.ipynb #30c65837
 class _Pieces(Dataset):
@@ -328,7 +337,7 @@ class Trainer:
         model: nn.Module,                 # trained in place
         dataset: Clips,                   # paired clips with names
         *,
-        config: TrainConfig,              # every choice
+        config: RunConfig,                # every choice
         loss_fn: Callable=joint_loss_fn,  # (model, batch) -> .total, .video, .audio
         device: str="auto",               # as in `pick_device`
     ):
@@ -338,14 +347,29 @@ class Trainer:
         self.wrapped = self.accelerator.prepare(model)
         self.view = ModelView(self.wrapped, model)
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.params, lr=config.learning_rate, fused=True)
+        self.optimizer = self.make_optimizer(self.params)
         self.ema = EMAModel(model.parameters(), decay=config.ema_decay,
                             foreach=self.accelerator.device.type == "cuda")
-        self.data = StepData(dataset, config, num_train_steps=num_noise_levels(model),
-                             rank=self.accelerator.process_index,
-                             world=self.accelerator.num_processes)
+        self.modules, self.optimizers = {"model": model}, {"optimizer": self.optimizer}
+        self.data = self.make_data(dataset)
         self.fingerprint = str(getattr(dataset, "fingerprint", ""))
         self.step, self.bad_in_row, self.skipped, self.sums = config.start_step, 0, 0, {}
+
+    def make_optimizer(self, params: list) -> torch.optim.Optimizer:
+        "Adam for these weights."
+        return torch.optim.Adam(params, lr=self.config.learning_rate, fused=True)
+
+    def make_data(self, dataset: Clips) -> StepData:
+        "This process's batches, step by step."
+        return StepData(dataset, self.config, num_train_steps=num_noise_levels(self.model),
+                        rank=self.accelerator.process_index, world=self.accelerator.num_processes)
+
+    def gradients(self, batches: list) -> dict[str, float]:
+        "Leave a step's gradients in the weights' .grad; the losses by name."
+        return step_gradients(self, batches)
+
+    def show(self, board: Any) -> None:
+        "Add pictures and sounds to TensorBoard, at each checkpoint: none here."
 
 # %% ../nbs/44_train.ipynb #d5d5f53b
 def release_model(
@@ -382,13 +406,13 @@ def step_gradients(
 # %% ../nbs/44_train.ipynb #79b8c9f4
 def step_trouble(
     values: dict[str, float],  # from `step_gradients`
-    max_loss: float,           # of TrainConfig
+    max_loss: float,           # of RunConfig
 ) -> str:                      # empty when the step is good
     "Why a step must not count."
     if not all(math.isfinite(v) for v in values.values()):
         return "a loss or gradient that is not finite; check those clips or lower the learning rate"
-    large = [f"{name} {values[name]:.3g}" for name in list(LOSS_NAMES.values())[1:]
-             if values.get(name, 0) > max_loss]
+    large = [f"{name} {value:.3g}" for name, value in values.items()
+             if name.startswith("loss_") and value > max_loss]
     return large and (f"{' and '.join(large)} above max_loss {max_loss:g}: the run leaves its "
                       "bounds; lower the contrastive weight or give it a bound, or lower the "
                       "learning rate; the weights are those of the last good step") or ""
@@ -396,14 +420,15 @@ def step_trouble(
 
 def train_step(
     trainer: Trainer,  # all the state of the run
-    batches: list[TrainBatch],  # this process's pieces of the batch
-) -> bool:                      # whether the step counted
+    batches: list,     # this process's pieces of the batch
+) -> bool:             # whether the step counted
     "One optimiser step; a loss that is not finite, or out of bounds, changes no weight."
-    values = step_gradients(trainer, batches)
+    values = trainer.gradients(batches)
     trouble = step_trouble(values, trainer.config.max_loss)
     if not trouble:
-        for group in trainer.optimizer.param_groups: group["lr"] = trainer.config.rate(trainer.step)
-        trainer.optimizer.step()
+        for optimizer in trainer.optimizers.values():
+            for group in optimizer.param_groups: group["lr"] = trainer.config.rate(trainer.step)
+            optimizer.step()
         trainer.ema.step(trainer.model.parameters())
         for name, value in (*values.items(), ("n", 1)):
             trainer.sums[name] = trainer.sums.get(name, 0) + value
@@ -440,12 +465,13 @@ def save_run(
     out_dir: str|Path,  # the run's folder
 ) -> Path:              # the checkpoint
     "A checkpoint of everything that a run needs to go on bit for bit."
-    moments, optimizer = optimizer_tensors(trainer.optimizer)
     names = [n for n, _ in trainer.model.named_parameters()]
-    tensors = {"model": trainer.model.state_dict(), "optimizer": moments,
-               "ema": dict(zip(names, trainer.ema.shadow_params))}
-    state = {"optimizer": optimizer, "ema_updates": trainer.ema.optimization_step,
-             "sums": trainer.sums, "bad_in_row": trainer.bad_in_row, "skipped": trainer.skipped}
+    tensors = {group: module.state_dict() for group, module in trainer.modules.items()}
+    tensors["ema"] = dict(zip(names, trainer.ema.shadow_params))
+    state = {"ema_updates": trainer.ema.optimization_step, "sums": trainer.sums,
+             "bad_in_row": trainer.bad_in_row, "skipped": trainer.skipped}
+    for group, optimizer in trainer.optimizers.items():
+        tensors[group], state[group] = optimizer_tensors(optimizer)
     return save_checkpoint(out_dir, trainer.step, tensors=tensors, state=state,
                            config=run_config(trainer), keep=trainer.config.keep)
 
@@ -461,16 +487,17 @@ def load_run(
 ) -> bool:              # whether there was a checkpoint
     "Put a checkpoint's state into a trainer, after all its checks."
     names = [n for n, _ in trainer.model.named_parameters()]
-    expect = {"model": trainer.model.state_dict(),
-              "ema": dict(zip(names, trainer.ema.shadow_params))}
+    expect = {group: module.state_dict() for group, module in trainer.modules.items()}
+    expect["ema"] = dict(zip(names, trainer.ema.shadow_params))
     saved = (load_checkpoint if exact else find_checkpoint)(source, expect=expect)
     if saved is None: return False
     free = FREE if trainer.config.schedule == "cosine" else (*FREE, "train.steps")
     differences = config_difference(saved.config, run_config(trainer), ignore=free)
     if differences:
         raise CheckpointError(f"{saved.path} is of another run: {'; '.join(differences)}")
-    load_optimizer(trainer.optimizer, saved.tensors["optimizer"], state=saved.state["optimizer"])
-    trainer.model.load_state_dict(saved.tensors["model"])
+    for group, optimizer in trainer.optimizers.items():
+        load_optimizer(optimizer, saved.tensors[group], state=saved.state[group])
+    for group, module in trainer.modules.items(): module.load_state_dict(saved.tensors[group])
     for p, name in zip(trainer.ema.shadow_params, names): p.copy_(saved.tensors["ema"][name])
     trainer.step, trainer.ema.optimization_step = saved.step, saved.state["ema_updates"]
     for name in ("sums", "bad_in_row", "skipped"): setattr(trainer, name, saved.state[name])
@@ -563,7 +590,7 @@ def out_of_memory(
     message: str,  # the library's first line
 ) -> TrainError:   # to raise
     "Free what can be freed and say in one sentence what helps."
-    trainer.optimizer.zero_grad(set_to_none=True)
+    for optimizer in trainer.optimizers.values(): optimizer.zero_grad(set_to_none=True)
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     return TrainError(f"out of memory at step {trainer.step} with batch_size "
@@ -642,7 +669,9 @@ def run_loop(
                     if on_log: on_log(metrics)
             stop = any_process(trainer, bool(asked))
             due = stop or trainer.step % c.save_every == 0 or trainer.step == c.steps
-            if due and main and out_dir: save_run(trainer, out_dir)
+            if due and main and out_dir:
+                save_run(trainer, out_dir)
+                if log.board: trainer.show(log.board)
             if stop: return asked[0] if asked else "SIGTERM"
     return None
 
@@ -672,23 +701,17 @@ def prepare_folder(
     elif not load_run(trainer, out_dir):
         print(f"no checkpoint in {out_dir} yet: starting at step {trainer.step}", file=sys.stderr)
 
-# %% ../nbs/44_train.ipynb #f649bcf9
-def train(
-    model: nn.Module,        # (video, audio, t) -> two velocities; trained in place
-    dataset: Clips,          # paired clips with names, e.g. a `ClipDataset`
+# %% ../nbs/44_train.ipynb #0b34b58b
+def run_training(
+    trainer: Trainer,  # all the state of the run
     *,
-    config: TrainConfig|None=None,    # default: `TrainConfig.tiny()`
-    out_dir: str|Path|None=None,      # for checkpoints, metrics, the model; None writes nothing
-    loss_fn: Callable=joint_loss_fn,  # (model, batch) -> .total (), .video (b,), .audio (b,)
-    on_log: Callable|None=None,       # called with each line of metrics
-    resume: bool|str|Path=False,      # True: the newest good checkpoint; or the path of one
-    device: str="auto",               # as in `pick_device`
+    out_dir: str|Path|None=None,   # for checkpoints, metrics, the model; None writes nothing
+    on_log: Callable|None=None,    # called with each line of metrics
+    resume: bool|str|Path=False,   # True: the newest good checkpoint; or the path of one
 ) -> TrainResult:
-    "Train a joint model; with `out_dir` it can be killed at any moment and resumed bit for bit."
+    "Run to the end; with `out_dir` it can be killed at any moment and resumed bit for bit."
     if resume and out_dir is None: raise ValueError("resume needs an out_dir, got None")
     began, message, stopped = time.perf_counter(), None, None
-    config = config or TrainConfig.tiny()
-    trainer = Trainer(model, dataset, config=config, loss_fn=loss_fn, device=device)
     accelerator, out_dir = trainer.accelerator, None if out_dir is None else Path(out_dir)
     with ExitStack() as stack:
         if out_dir and accelerator.is_main_process: stack.enter_context(RunLock(out_dir))
@@ -705,8 +728,25 @@ def train(
         trainer.ema.copy_to(trainer.ema_model.eval().parameters())
         if out_dir and accelerator.is_main_process and stopped is None:
             export_model(trainer, out_dir / "model", seconds)
-    return TrainResult(model, trainer.ema_model.to(accelerator.device), log.history,
+    return TrainResult(trainer.model, trainer.ema_model.to(accelerator.device), log.history,
                        trainer.step, seconds, trainer.skipped, stopped)
+
+# %% ../nbs/44_train.ipynb #f649bcf9
+def train(
+    model: nn.Module,        # (video, audio, t) -> two velocities; trained in place
+    dataset: Clips,          # paired clips with names, e.g. a `ClipDataset`
+    *,
+    config: TrainConfig|None=None,    # default: `TrainConfig.tiny()`
+    out_dir: str|Path|None=None,      # for checkpoints, metrics, the model; None writes nothing
+    loss_fn: Callable=joint_loss_fn,  # (model, batch) -> .total (), .video (b,), .audio (b,)
+    on_log: Callable|None=None,       # called with each line of metrics
+    resume: bool|str|Path=False,      # True: the newest good checkpoint; or the path of one
+    device: str="auto",               # as in `pick_device`
+) -> TrainResult:
+    "Train a joint model; with `out_dir` it can be killed at any moment and resumed bit for bit."
+    config = config or TrainConfig.tiny()
+    trainer = Trainer(model, dataset, config=config, loss_fn=loss_fn, device=device)
+    return run_training(trainer, out_dir=out_dir, on_log=on_log, resume=resume)
 
 # %% ../nbs/44_train.ipynb #19f598b0
 @torch.no_grad()
