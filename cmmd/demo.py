@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['DEMO_FILES', 'TOLERANCES', 'PAGE_STYLE', 'PART_STYLE', 'COLUMNS', 'LISTEN', 'NUMBERS', 'TRAINING', 'METHOD', 'INTRO',
-           'TASKS', 'STAGES', 'DemoConfig', 'StageBar', 'encode_clips', 'train_fresh', 'Made', 'make_sounds',
+           'TASKS', 'STAGES', 'DemoConfig', 'StageBar', 'encode_clips', 'train_fresh', 'Made', 'make_soundtracks',
            'make_pictures', 'make_both', 'score', 'heard_onsets', 'describe', 'Shown', 'show_clip', 'score_card',
            'score_table', 'clip_card', 'section', 'measured', 'page', 'DemoResult', 'run_demo']
 
@@ -29,8 +29,9 @@ from .datasets import ClipDataset, join_datasets, toy_dataset
 from .guidance import DDIM, Generated, generate
 from .joint import loss_gap
 from .latents import decode_video, encode_video, load_vae
-from .mel import denormalise_mel, log_mel, normalise_mel
-from .pipeline import check_out_folder, load_model, mel_to_waveform, new_model
+from .mel import denormalise_mel, griffin_lim, log_mel, normalise_mel
+from .pipeline import check_out_folder, find_vocoder, fit_vocoder, load_model
+from .pipeline import mel_to_waveform, new_model
 from .sync import (bootstrap_interval, chance_f1, detect_impacts, detect_onsets,
                        detect_onsets_waveform, event_scores)
 from .toy import ToyClips, make_clips
@@ -59,6 +60,7 @@ class DemoConfig:
     picture_guidance: float = 0.2  # lambda of the shipped model, sound to video
     model: str = "toy-bounce"    # the shipped model, or a folder
     vae: str = "tiny"            # of the fresh model
+    vocoder: str = "tiny-vocoder"  # of the page's sounds; as in `find_vocoder`
 
     def __post_init__(self):
         for f in fields(self):
@@ -164,7 +166,7 @@ def _generate(model, n: int, config: DemoConfig, *, name: str, on_part, **given)
     return Generated(torch.cat([p.video for p in parts]), torch.cat([p.audio for p in parts]).cpu())
 
 
-def make_sounds(
+def make_soundtracks(
     models: tuple[Callable, nn.Module],  # a `CMMDUNet`, and the VAE it was trained with
     clips: ToyClips,         # their video is given
     *,
@@ -237,9 +239,10 @@ def score(
 def heard_onsets(
     mels: Tensor,      # (n, n_mels, t) log-mel in decades
     clip: ClipSpec,    # sizes and rates
+    vocoder: Callable|None=None,  # (mel, clip, generator=...) -> waveform; None: the shipped one
 ) -> tuple[list[Tensor], list[np.ndarray]]:  # waveforms (samples,); onset times in s
-    "The waveforms that Griffin-Lim makes of generated mels, and the onsets that are left in them."
-    waves = [mel_to_waveform(mel, clip.n_samples, clip=clip) for mel in mels]
+    "The waveforms that a vocoder makes of generated mels, and the onsets that are left in them."
+    waves = [mel_to_waveform(mel, clip.n_samples, clip=clip, vocoder=vocoder) for mel in mels]
     return waves, [detect_onsets_waveform(wave, clip) for wave in waves]
 
 # %% ../nbs/75_demo.ipynb #f810102b
@@ -431,7 +434,8 @@ def section(
 NUMBERS = """\
 Scores on unseen clips. <em>As heard</em> repeats the row above it after the spectrogram has
 become a waveform and has been analysed again: what reaches the ear, not only what the model
-wrote."""
+wrote. All generated sounds on this page come from the vocoder <em>{vocoder}</em>; the rows <em>by
+Griffin-Lim</em> are the same spectrograms without a trained vocoder."""
 TRAINING = """\
 At noise level n = {t} the model trained just now predicts the sound
 <strong>{percent:+.0f}%</strong> worse when the video is shifted by {shift_frames} frames: it
@@ -454,7 +458,8 @@ def measured(
     times = ", ".join(f"{name} {s:.0f} s" for name, s in metrics["seconds"].items())
     curve = '<div class="plate card"><img src="figures/training.png" alt="Loss over steps"></div>'
     trained = TRAINING.format(percent=100 * gap["audio"], **gap)
-    return (section("All numbers", NUMBERS, [score_table(metrics["scores"])])
+    numbers = NUMBERS.format(vocoder=html.escape(metrics["config"]["vocoder"]))
+    return (section("All numbers", numbers, [score_table(metrics["scores"])])
             + section("The minutes of training", trained, [curve])
             + section("How this was measured", METHOD, [])
             + f"""<footer class="note"><p>{html.escape(versions)}.
@@ -521,14 +526,25 @@ def _ears_and_eyes(clips: ToyClips, clip: ClipSpec) -> tuple[list[np.ndarray], l
             [detect_impacts(video, clip) for video in clips.video])
 
 
-def _sound_scores(name: str, clips: ToyClips, found: tuple[list, list], *, clip: ClipSpec,
-                  seed: int) -> dict:
-    "The score of the generated spectrograms, and of what is heard after the vocoder."
+def _vocoder(config: DemoConfig, model: nn.Module) -> Callable:
+    "The page's, where the model is."
+    vocoder = find_vocoder(config.vocoder, next(model.parameters()).device)
+    return fit_vocoder(vocoder, model.config.clip)
+
+
+def _heard(made: Made, clip: ClipSpec, vocoder: Callable) -> tuple[list[Tensor], tuple]:
+    "The page's sounds; onsets in the spectrograms, in those sounds, and in Griffin-Lim's."
+    waves, heard = heard_onsets(made.mel, clip, vocoder)
+    return waves, (made.events, heard, heard_onsets(made.mel, clip, griffin_lim)[1])
+
+
+def _sound_scores(name: str, clips: ToyClips, found: tuple, *, clip: ClipSpec, seed: int) -> dict:
+    "The score of the generated spectrograms, of the page's sounds, and of Griffin-Lim's."
     truth = clips.events, _ears_and_eyes(clips, clip)[0]
-    names = name, f"{name}, as heard"
+    names = name, f"{name}, as heard", f"{name}, by Griffin-Lim"
     return {n: score(clips.events, events, truth, seed=seed) for n, events in zip(names, found)}
 
-
+# %% ../nbs/75_demo.ipynb #e525c34d
 def _train_stage(folder: Path, config: DemoConfig, device: torch.device, *, bar: StageBar,
                  clips: ToyClips) -> dict:
     "Scores and curve of a model trained here and now; it stays in the folder."
@@ -541,8 +557,8 @@ def _train_stage(folder: Path, config: DemoConfig, device: torch.device, *, bar:
     bar.start("fresh: video to sound")
     model, clip = result.ema_model.eval().requires_grad_(False), result.ema_model.config.clip
     model.save_pretrained(folder / "model")
-    made = make_sounds((model, vae), clips, config=config, guidance_weight=0., on_part=bar.at)
-    found = made.events, heard_onsets(made.mel, clip)[1]
+    made = make_soundtracks((model, vae), clips, config=config, guidance_weight=0., on_part=bar.at)
+    found = _heard(made, clip, _vocoder(config, model))[1]
     audio = normalise_mel(log_mel(clips.waveform[:32], clip), data.mel_mean, data.mel_std)
     gap = loss_gap(model, encode_video(vae, clips.video[:32]), audio=audio.to(device), t=700)
     scores = _sound_scores("sound, fresh model", clips, found, clip=clip, seed=config.seed)
@@ -568,14 +584,13 @@ def _pick(events: list[np.ndarray], n: int) -> list[int]:  # the first clips whe
 def _sound_stage(folder: Path, config: DemoConfig, models, *, bar: StageBar, clips: ToyClips):
     bar.start("shipped: video to sound")
     clip, weight = models[0].config.clip, config.sound_guidance
-    made = make_sounds(models, clips, config=config, guidance_weight=weight, on_part=bar.at)
-    waves, heard = heard_onsets(made.mel, clip)
+    made = make_soundtracks(models, clips, config=config, guidance_weight=weight, on_part=bar.at)
+    waves, found = _heard(made, clip, _vocoder(config, models[0]))
     shown = [show_clip(folder, f"sound-{k + 1}", (clips.video[i], made.mel[i], waves[i]), clip=clip,
                        title="true picture, generated sound",
                        events=(clips.events[i], made.events[i]),
                        original=(clips.video[i], clips.waveform[i]))
              for k, i in enumerate(_pick(clips.events, config.n_show))]
-    found = made.events, heard
     return _sound_scores("sound, shipped model", clips, found, clip=clip, seed=config.seed), shown
 
 # %% ../nbs/75_demo.ipynb #937ca1e3
@@ -599,7 +614,7 @@ def _both_stage(folder: Path, config: DemoConfig, models, *, bar: StageBar, clip
     seen, (onsets, impacts) = ([detect_impacts(v, clip) for v in made.video],
                                _ears_and_eyes(clips, clip))
     order = _pick(seen, config.n_show)
-    waves = heard_onsets(made.mel[order], clip)[0]
+    waves = heard_onsets(made.mel[order], clip, _vocoder(config, models[0]))[0]
     shown = [show_clip(folder, f"both-{k + 1}", (made.video[i], made.mel[i], waves[k]), clip=clip,
                        events=(seen[i], made.events[i]), title="picture and sound, both generated")
              for k, i in enumerate(order)]
@@ -624,6 +639,7 @@ def _run_stages(folder: Path, config: DemoConfig, device: torch.device, *,
     "All of metrics.json, and the clips of the page; figures and mp4s are written on the way."
     shipped, unseen = load_model(config.model, device), 1_000_003 + config.seed
     models = shipped, load_vae(shipped.config.vae, device=device)
+    _vocoder(config, shipped)                                   # refused now or never
     clips, others = (make_clips(n, seed=unseen) for n in (config.n_eval, config.n_eval_picture))
     metrics = {"config": asdict(config), "unseen_seed": unseen, **_surroundings(device)}
     metrics |= _train_stage(folder, config, device, bar=bar, clips=clips)
@@ -652,9 +668,10 @@ class DemoResult:
 
 def _costs(config: DemoConfig) -> dict[str, float]:   # seconds on one slow core
     step = 0.013 * config.num_sample_steps             # of one clip
+    ears = 0.4 * config.n_eval                         # two vocoders, two detectors
     return {"encoding clips": 0.06 * config.n_train, "training a tiny model": 0.2 * config.steps,
-            "fresh: video to sound": step * config.n_eval + 6,
-            "shipped: video to sound": 2 * step * config.n_eval + 6,
+            "fresh: video to sound": step * config.n_eval + ears,
+            "shipped: video to sound": 2 * step * config.n_eval + ears,
             "shipped: sound to video": 2 * step * config.n_eval_picture + 4,
             "shipped: both at once": step * config.n_joint + 3}
 

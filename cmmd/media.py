@@ -343,7 +343,9 @@ def _child_mono(frame):
     if not frame.format.is_planar: x = x.reshape(-1, frame.layout.nb_channels).T
     if x.dtype == np.uint8: x = (x.astype(np.float32) - 128) / 128
     elif x.dtype.kind == "i": x = x / np.float64(2 ** (8 * x.dtype.itemsize - 1))
-    return np.nan_to_num(x.mean(0)).astype(np.float32)
+    mono = x.mean(0).astype(np.float32)
+    if not np.isfinite(mono).all(): raise ValueError("holds NaN or infinite samples")
+    return mono
 
 # %% ../nbs/23_media.ipynb #31ad162a
 @_child

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['stft_magnitude', 'mel_filters', 'log_mel', 'mel_stats', 'normalise_mel', 'denormalise_mel', 'mel_to_magnitude',
-           'griffin_lim']
+           'settle_phases', 'griffin_lim']
 
 # %% ../nbs/20_mel.ipynb #ff8ef50c
 from functools import lru_cache
@@ -124,6 +124,27 @@ def _trim(wave: Tensor, hop: int) -> Tensor:  # (b, hop (t + 1)) -> (b, hop t), 
     return wave[..., first:wave.shape[-1] - hop // 2]
 
 # %% ../nbs/20_mel.ipynb #2ccc378d
+def settle_phases(
+    linear: Tensor,       # (b, win_length // 2 + 1, t) STFT magnitudes, >= 0
+    spec: ClipSpec,       # the sizes
+    *,
+    turns: Tensor,        # (b?, win_length // 2 + 1, t + 2) first phases, in turns
+    n_iter: int=32,       # rounds
+    momentum: float=0.99,  # 0: Griffin & Lim's; up to 1: the fast version's
+) -> Tensor:              # (b, hop_length * t) waveform
+    "A waveform with about these magnitudes (Griffin & Lim 1984; Perraudin et al. 2013)."
+    linear, pull = _repeat_ends(linear), momentum / (1 + momentum)
+    framing, length = _framing(spec, linear.device), (linear.shape[-1] - 1) * spec.hop_length
+    turns = 2 * torch.pi * turns.to(linear)
+    phase, before = torch.polar(torch.ones_like(turns), turns), 0.
+    for _ in range(n_iter):
+        wave = torch.istft(linear * phase, length=length, **framing)
+        rebuilt = torch.stft(wave, return_complex=True, **framing)
+        phase, before = rebuilt - pull * before, rebuilt
+        phase = phase / phase.abs().clamp(min=1e-16)
+    return _trim(torch.istft(linear * phase, length=length, **framing), spec.hop_length)
+
+
 def griffin_lim(
     mel: Tensor,                 # (n_mels, t) or (b, n_mels, t) log-mel in decades
     spec: ClipSpec,              # the sizes and rates
@@ -137,18 +158,12 @@ def griffin_lim(
         raise ValueError(f"n_iter must be a whole number of at least 1, got {n_iter!r}")
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-    pull = check_range("momentum", momentum, 0., 1.) / (1 + momentum)
+    check_range("momentum", momentum, 0., 1.)
     one = isinstance(mel, Tensor) and mel.ndim == 2
     check_shape("mel", mel, "c t" if one else "b c t", c=spec.n_mels)
     _frame_pad(spec)                                              # refuses sizes that do not fit
-    linear = _repeat_ends(mel_to_magnitude((mel[None] if one else mel).float(), spec))
-    framing, length = _framing(spec, linear.device), (linear.shape[-1] - 1) * spec.hop_length
-    draws = torch.rand(linear.shape, generator=generator, device=generator.device)
-    phase, before = torch.polar(torch.ones_like(linear), 2 * torch.pi * draws.to(linear)), 0.
-    for _ in range(n_iter):
-        wave = torch.istft(linear * phase, length=length, **framing)
-        rebuilt = torch.stft(wave, return_complex=True, **framing)
-        phase, before = rebuilt - pull * before, rebuilt
-        phase = phase / phase.abs().clamp(min=1e-16)
-    wave = _trim(torch.istft(linear * phase, length=length, **framing), spec.hop_length)
+    linear = mel_to_magnitude((mel[None] if one else mel).float(), spec)
+    shape = (*linear.shape[:-1], linear.shape[-1] + 2)
+    turns = torch.rand(shape, generator=generator, device=generator.device)
+    wave = settle_phases(linear, spec, turns=turns, n_iter=n_iter, momentum=momentum)
     return wave[0] if one else wave

@@ -8,14 +8,29 @@ import time
 from pathlib import Path
 
 import pytest
+import soundfile
+import torch
 
 from cmmd import cli
-from cmmd.core import pick_device
+from cmmd.core import ClipSpec, make_generator, pick_device
+from cmmd.media import write_clip, write_wav
+from cmmd.melgan import MelGANGenerator
 from cmmd.pipeline import new_model
 from cmmd.unet import UNetConfig
+from cmmd.vocoder import VocoderConfig, new_vocoder
 
-COMMANDS = ("sample", "train", "train-vae", "demo", "info", "doctor")
+COMMANDS = (
+    "sample",
+    "vocode",
+    "train",
+    "train-vocoder",
+    "train-vae",
+    "demo",
+    "info",
+    "doctor",
+)
 OUT_IS_FILE = {"sample"}
+CLIP = ClipSpec.toy()
 SCRIPT = (  # a job in the background inherits an ignored SIGINT: put the usual one back
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from cmmd.cli import main; print('ready', flush=True); main()"
@@ -27,6 +42,37 @@ def untrained(tmp_path_factory) -> Path:
     "A model's folder."
     folder = tmp_path_factory.mktemp("models") / "untrained"
     new_model(UNetConfig.tiny(vae="tiny")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def voice(tmp_path_factory) -> Path:
+    "A vocoder's folder: it has learnt nothing."
+    folder = tmp_path_factory.mktemp("vocoders") / "untaught"
+    MelGANGenerator(ngf=4, ratios=(8, 8, 4), n_residual_layers=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory) -> Path:
+    "A folder with a sound that is good, and with what is none."
+    folder = tmp_path_factory.mktemp("sounds")
+    wave = torch.randn(60_000, generator=make_generator("sound")) / 10
+    write_wav(folder / "good.wav", wave, spec=CLIP)
+    write_wav(folder / "silent.wav", torch.zeros(4_000), spec=CLIP)
+    soundfile.write(folder / "nan.wav", [0.1, float("nan"), 0.2] * 900, 16_000, subtype="FLOAT")
+    soundfile.write(folder / "loud.wav", [1e9, -1e9] * 900, 16_000, subtype="FLOAT")
+    (folder / "cut.wav").write_bytes((folder / "good.wav").read_bytes()[:30])
+    (folder / "text.wav").write_text("not a sound at all")
+    (folder / "empty.wav").touch()
+    write_clip(folder / "mute.mp4", torch.zeros(4, 64, 64, 3, dtype=torch.uint8), None, spec=CLIP)
+    return folder
+
+
+def some_of(sounds, folder, *names) -> Path:
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes((sounds / name).read_bytes())
     return folder
 
 
@@ -64,9 +110,11 @@ BAD_OPTIONS = {
 
 @pytest.mark.parametrize("bad", BAD_OPTIONS.values(), ids=BAD_OPTIONS)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_wrong_use_is_2(command, bad, tmp_path, capsys):
+def test_wrong_use_is_2(command, bad, tmp_path, sounds, capsys):
     out = ("--out", tmp_path / ("x.mp4" if command in OUT_IS_FILE else "x"))
     given = () if command in ("info", "doctor") or bad == ("--out",) else out
+    if command == "vocode":
+        given = (sounds / "good.wav", tmp_path / "x.wav")
     check_error(capsys, 2, command, *given, *bad)
     assert list(tmp_path.iterdir()) == []
 
@@ -97,8 +145,31 @@ def test_wrong_use_is_2(command, bad, tmp_path, capsys):
         ("train", "--out", "r", "--contrast-weight", "nan"),
         ("train", "--out", "r", "--negatives", "roll"),
         ("train", "--out", "r", "--contrast-target", "mine"),
+        ("train-vocoder",),
+        ("train-vocoder", "--out", "r", "--config", "small"),
+        ("train-vocoder", "--out", "r", "--data", "toys"),
+        ("train-vocoder", "--out", "r", "--data", "gone.tar"),
+        ("train-vocoder", "--out", "r", "--data", "sound.wav"),
+        ("train-vocoder", "--out", "r", "--n-sounds", "0"),
+        ("train-vocoder", "--out", "r", "--sequence", "1000"),
+        ("train-vocoder", "--out", "r", "--sequence", "8193"),
+        ("train-vocoder", "--out", "r", "--learning-rate", "nan"),
+        ("train-vocoder", "--out", "r", "--batch-size", "0"),
+        ("train-vocoder", "--out", "r", "--save-every", "0"),
+        ("train-vocoder", "--out", "r", "--data-seed", "-1"),
+        ("train-vocoder", "--out", "r", "--resume", "--overwrite"),
+        ("vocode",),
+        ("vocode", "in.wav"),
+        ("vocode", "not-there.wav", "x.wav"),
+        ("vocode", ".", "x.wav"),
+        ("vocode", __file__, "x.wav", "y.wav"),
+        ("vocode", __file__, "x.wav", "--rounds", "-1"),
+        ("vocode", __file__, "x.wav", "--rounds", "101"),
+        ("vocode", __file__, "x.wav", "--rounds", "two"),
+        ("vocode", __file__, "x.wav", "--rounds", "1", "--vocoder", "griffin-lim"),
+        ("vocode", __file__, "--out", "x.wav"),
     ],
-    ids=" ".join,
+    ids=lambda a: " ".join(a).replace(__file__, "FILE"),
 )
 def test_more_wrong_use_is_2(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -122,7 +193,7 @@ def test_existing_file_is_kept(tmp_path, untrained, capsys):
     assert out.read_text() == "mine"
 
 
-@pytest.mark.parametrize("command", ["train", "train-vae", "demo"])
+@pytest.mark.parametrize("command", ["train", "train-vocoder", "train-vae", "demo"])
 def test_existing_folder_is_kept(command, tmp_path, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "thesis.txt").write_text("mine")
@@ -132,7 +203,7 @@ def test_existing_folder_is_kept(command, tmp_path, capsys):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("command", ["train", "train-vae", "demo"])
+@pytest.mark.parametrize("command", ["train", "train-vocoder", "train-vae", "demo"])
 def test_file_in_place_of_the_folder(command, tmp_path, capsys):
     (tmp_path / "x").write_text("mine")
     check_error(capsys, 1, command, "--out", tmp_path / "x", "--overwrite")
@@ -181,6 +252,69 @@ def test_empty_input(tmp_path, untrained, capsys):
     assert "empty" in err
 
 
+def test_a_vocoder_of_another_kind_is_refused_before_the_work(tmp_path, capsys):
+    model = UNetConfig.tiny(vae="tiny", clip=ClipSpec.toy(n_mels=64))
+    new_model(model).save_pretrained(tmp_path / "model")
+    given = ("--model", tmp_path / "model", "--steps", "1000", "--device", "cpu")
+    err = check_error(capsys, 1, "sample", "--out", tmp_path / "x.mp4", *given)
+    assert "64" in err and "80" in err and "--vocoder griffin-lim" in err
+    assert not (tmp_path / "x.mp4").exists()
+
+
+@pytest.mark.parametrize("arguments", [("sample", "--out", "x.mp4"), ("vocode", "IN", "x.wav")])
+@pytest.mark.parametrize("vocoder", ["nobody", ".", "tiny_vocoder", "Griffin-Lim"])
+def test_unknown_vocoder(arguments, vocoder, sounds, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = [a.replace("IN", str(sounds / "good.wav")) for a in arguments]
+    err = check_error(capsys, 1, *given, "--vocoder", vocoder, "--device", "cpu")
+    assert all(word in err for word in (repr(vocoder), "'tiny-vocoder'", "'griffin-lim'", "folder"))
+    assert len(err.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["silent.wav", "nan.wav", "loud.wav", "cut.wav", "text.wav", "empty.wav", "mute.mp4"]
+)
+def test_vocode_names_the_file_that_is_no_sound(name, sounds, voice, tmp_path, capsys):
+    err = check_error(capsys, 1, "vocode", sounds / name, tmp_path / "x.wav", "--vocoder", voice)
+    assert name in err and len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_vocode_keeps_what_is_there(sounds, voice, tmp_path, capsys):
+    mine, good = tmp_path / "x.wav", sounds / "good.wav"
+    mine.write_text("mine")
+    assert "--overwrite" in check_error(capsys, 1, "vocode", good, mine, "--vocoder", voice)
+    assert "input" in check_error(capsys, 1, "vocode", mine, mine, "--overwrite")
+    assert ".wav" in check_error(capsys, 1, "vocode", good, tmp_path / "x.mp3")
+    assert "gone" in check_error(capsys, 1, "vocode", good, tmp_path / "gone" / "x.wav")
+    assert mine.read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["x.wav"]
+    (tmp_path / "y.wav").mkdir()
+    assert "folder" in check_error(capsys, 1, "vocode", good, tmp_path / "y.wav", "--overwrite")
+
+
+def test_train_vocoder_names_what_it_cannot_use(sounds, tmp_path, capsys):
+    out, empty = tmp_path / "run", tmp_path / "nothing"
+    empty.mkdir()
+    assert "nothing" in check_error(capsys, 1, "train-vocoder", "--out", out, "--data", empty)
+    (empty / "a.tar").write_bytes(b"no archive")
+    assert "a.tar" in check_error(capsys, 1, "train-vocoder", "--out", out, "--data", empty)
+    assert "no model" in check_error(capsys, 1, "train-vocoder", "--out", out, "--start", empty)
+    data = some_of(sounds, tmp_path / "data", "good.wav", "text.wav")
+    err = check_error(capsys, 1, "train-vocoder", "--out", out, "--data", data)
+    assert "--allow-bad" in err and "1 of 2" in err and "text.wav" in err
+    assert [p.name for p in out.iterdir()] == ["sounds"]
+
+
+def test_train_vocoder_starts_only_with_a_vocoder(untrained, voice, tmp_path, capsys):
+    for arguments in (("--start", untrained), ("--start", tmp_path / "copy")):
+        if arguments[1] != untrained:
+            copy_of(voice, tmp_path / "copy")
+            _weights(tmp_path / "copy").write_bytes(b"damaged")
+        err = check_error(capsys, 1, "train-vocoder", "--out", tmp_path / "run", *arguments)
+        assert str(arguments[1]) in err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_unwritable_folder_is_named(tmp_path, capsys):
     tmp_path.chmod(0o500)
@@ -205,6 +339,12 @@ DAMAGES = {
 }
 
 
+def copy_of(folder, new):
+    new.mkdir()
+    for file in folder.iterdir():
+        (new / file.name).write_bytes(file.read_bytes())
+
+
 def _weights(folder):
     return folder / "diffusion_pytorch_model.safetensors"
 
@@ -219,9 +359,7 @@ def _edit(folder, old, new):
 def test_damaged_model_is_one_line(damage, untrained, tmp_path, capsys):
     folder = tmp_path / "copy"
     if damage != "no such model":
-        folder.mkdir()
-        for file in untrained.iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
+        copy_of(untrained, folder)
     DAMAGES[damage](folder)
     for arguments in (("sample", "--out", tmp_path / "x.mp4"), ("info",)):
         assert str(folder) in check_error(capsys, 1, *arguments, "--model", folder)
@@ -256,6 +394,130 @@ def test_help_names_every_option(capsys):
         assert f"--{option}" in text
 
 
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("sample", ("--vocoder", "tiny-vocoder", "griffin-lim", "folder")),
+        ("vocode", ("IN", "OUT.wav", "--vocoder", "--rounds", "--device", "--overwrite")),
+        (
+            "train-vocoder",
+            "--out --data --config --n-sounds --steps --batch-size --learning-rate --seed "
+            "--data-seed --save-every --sequence --resume --start --allow-bad --cache --device "
+            "--threads --overwrite".split(),
+        ),
+    ],
+)
+def test_help_of_the_vocoder(command, words, capsys):
+    text = run(capsys, command, "--help")[1]
+    assert [word for word in words if word not in text] == []
+
+
+def test_the_documented_command_of_the_shipped_vocoder(tmp_path, monkeypatch, capsys):
+    "`cmmd train-vocoder --out runs/tiny-vocoder --seed 0`: what the trainer gets from it."
+    got = {}
+
+    def toy_sounds(n, **settings):
+        got["sounds"] = (n, settings)
+        return "bank"
+
+    class Done(Exception):
+        pass
+
+    def train_vocoder(generator, bank, **settings):
+        got.update(settings, generator=generator, bank=bank)
+        raise Done
+
+    monkeypatch.setattr("cmmd.soundbank.toy_sounds", toy_sounds)
+    monkeypatch.setattr("cmmd.vocoder.train_vocoder", train_vocoder)
+    out = tmp_path / "runs" / "tiny-vocoder"
+    assert run(capsys, "train-vocoder", "--out", out, "--seed", "0", "--device", "cpu")[0] == 1
+    assert got["sounds"] == (2000, {"seed": 0, "sample_rate": 16_000}) and got["bank"] == "bank"
+    assert got["config"] == VocoderConfig.tiny(seed=0, progress=True)
+    assert got["out_dir"] == out and got["resume"] is False
+    for given, wanted in zip((got["generator"], got["discriminator"]), new_vocoder("tiny", seed=0)):
+        state = wanted.state_dict()
+        assert given.config == wanted.config and given.state_dict().keys() == state.keys()
+        assert all(torch.equal(x, state[name]) for name, x in given.state_dict().items())
+
+
+def test_options_reach_the_vocoders_training(voice, tmp_path, monkeypatch, capsys):
+    got = {}
+
+    def train_vocoder(generator, bank, **settings):
+        got.update(settings, generator=generator, bank=bank)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cmmd.vocoder.train_vocoder", train_vocoder)
+    options = "--config paper --steps 7 --batch-size 2 --learning-rate 0.5 --sequence 2048 --seed 3"
+    more = "--save-every 4 --n-sounds 2 --data-seed 5 --device cpu --resume"
+    code, _, err = run(
+        capsys,
+        "train-vocoder",
+        "--out",
+        tmp_path,
+        "--start",
+        voice,
+        *(options + " " + more).split(),
+    )
+    assert code == 130 and err == "cmmd train-vocoder: interrupted\n"
+    wanted = {"steps": 7, "batch_size": 2, "learning_rate": 0.5, "sequence": 2048, "seed": 3}
+    assert got["config"] == VocoderConfig.paper(save_every=4, progress=True, **wanted)
+    assert got["resume"] is True and got["bank"].ids == ("made-5-0", "made-5-1")
+    assert got["generator"].config.ngf == 4 and got["generator"].training
+    assert sum(p.numel() for p in got["discriminator"].parameters()) == 16_924_086
+
+
+def test_train_vocoder_reads_a_folder_once_and_reports(sounds, tmp_path, monkeypatch, capsys):
+    got, data = [], some_of(sounds, tmp_path / "data", "good.wav", "silent.wav")
+
+    def train_vocoder(generator, bank, **_):
+        got.append(bank)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cmmd.vocoder.train_vocoder", train_vocoder)
+    out, cache = tmp_path / "run", tmp_path / "kept"
+    given = ("--data", data, "--allow-bad", "--sequence", "65536", "--device", "cpu")
+    for more in ((), (), ("--cache", cache), ("--overwrite",)):
+        code, text, err = run(capsys, "train-vocoder", "--out", out, *given, *more)
+        assert code == 130 and text == ""
+        assert "silent.wav: is silent" in err and "1 shorter than 4.096 s (padded)" in err
+    assert [bank.ids for bank in got] == 4 * [("good.wav",)]
+    assert {p.name for p in out.iterdir()} == {"sounds", "run.lock"}
+    assert (cache / "report.json").is_file()
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 52_800])
+def test_vocode_keeps_every_sample(n, voice, sounds, tmp_path, capsys):
+    wave = torch.from_numpy(soundfile.read(sounds / "good.wav", dtype="float32")[0][:n])
+    source = write_wav(tmp_path / "in.wav", wave, spec=CLIP)
+    for name, rounds in ((voice, ("--rounds", "0")), ("griffin-lim", ())):
+        given = ("--vocoder", name, *rounds, "--overwrite", "--device", "cpu")
+        code, out, err = run(capsys, "vocode", source, tmp_path / "out.wav", *given)
+        assert code == 0 and err == "" and len(out.splitlines()) == 1
+        assert f"{n / 16_000:.2f} s" in out and "log-mel L1" in out and "real-time" in out
+        about = soundfile.info(tmp_path / "out.wav")
+        assert (about.frames, about.samplerate, about.channels) == (n, 16_000, 1)
+        assert about.subtype == "FLOAT"
+
+
+def test_sample_hands_the_vocoder_on(voice, tmp_path, monkeypatch, capsys):
+    from cmmd.mel import griffin_lim
+    from cmmd.pipeline import find_vocoder
+
+    got = []
+
+    def sample_file(*_, vocoder, **__):
+        got.append(vocoder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cmmd.pipeline.sample_file", sample_file)
+    for name in ((), ("--vocoder", "griffin-lim"), ("--vocoder", voice)):
+        given = ("sample", "--out", tmp_path / "x.mp4", "--device", "cpu")
+        assert run(capsys, *given, *name)[0] == 130
+    assert got[0] is find_vocoder() and got[1] is griffin_lim
+    assert got[2].model.config.ngf == 4
+
+
 def test_info(untrained, capsys):
     code, out, err = run(capsys, "info")
     assert code == 0 and not err
@@ -265,12 +527,19 @@ def test_info(untrained, capsys):
     assert code == 0 and "untrained" in out and not err
 
 
+def test_info_of_a_vocoder(voice, capsys):
+    assert "tiny-vocoder: 1.14 M parameters" in run(capsys, "info")[1]
+    code, out, err = run(capsys, "info", "--model", voice)
+    assert code == 0 and "80 mel bands" in out and "16 kHz" in out and not err
+
+
 def test_doctor_cures_what_it_finds(capsys, monkeypatch, tmp_path):
     code, out, _ = run(capsys, "doctor")
     assert code in (0, 1) and "torch" in out and "codec" in out and "GB free" in out
     monkeypatch.setenv("CMMD_DATA", str(tmp_path))
     code, out, _ = run(capsys, "doctor")
     assert code == 1 and "tiny-vae is missing" in out and "cmmd train-vae" in out
+    assert "tiny-vocoder is missing" in out and "cmmd train-vocoder" in out
 
 
 def test_overwrite_overwrites(tmp_path, untrained, capsys):
@@ -298,6 +567,7 @@ def test_overwrite_overwrites(tmp_path, untrained, capsys):
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(FileNotFoundError):
         cli.run(["sample", "--debug", "--out", str(tmp_path / "no" / "x.mp4")])
+    assert cli.run(["sample", "--debug"]) == 2
 
 
 def test_unforeseen_errors_are_named():
@@ -374,6 +644,66 @@ def test_interrupted_is_130(wait, number, tmp_path, untrained):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err and len(err.splitlines()) <= 3, err
     assert list(tmp_path.iterdir()) == []
+
+
+PLANTED = """
+import importlib.abc, os, signal, sys, time
+
+class Trap(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "cmmd.pipeline":
+            return None
+        try:
+            os.kill(os.getpid(), signal.{signal})
+            time.sleep(20)
+        except KeyboardInterrupt:
+            raise {error}
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Trap())
+sys.argv = ["cmmd", "sample", "--out", "x.mp4"]
+from cmmd.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        "ImportError('cannot load module more than once per process')",
+        "SystemExit(1)",
+        "SystemExit(0)",
+        "RuntimeError('something else')",
+        "ValueError('and this')",
+    ],
+)
+def test_an_interruption_that_a_library_swallows(error, number, tmp_path):
+    "What a library makes of the KeyboardInterrupt does not hide that there was one."
+    code = PLANTED.format(error=error, signal=number)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "cmmd sample: interrupted\n")
+
+
+def test_an_exit_code_after_an_interruption_is_130(monkeypatch):
+    def app(*_, **__):
+        cli._came.append(signal.SIGINT)
+        return code
+
+    monkeypatch.setattr(cli, "_came", [])
+    monkeypatch.setattr(cli, "app", app)
+    for code, wanted in ((1, 130), (130, 130), (None, 0)):  # what went well went well
+        assert cli.run(["doctor"]) == wanted
+    monkeypatch.setattr(cli, "app", lambda *_, **__: 1)
+    assert cli.run(["doctor"]) == 1, "an earlier command's interruption is not this one's"
+
+
+def test_an_exit_without_an_interruption_stays_one(monkeypatch):
+    monkeypatch.setattr(cli, "app", lambda *_, **__: sys.exit(3))
+    with pytest.raises(SystemExit, match="3"):
+        cli.run(["info"])
 
 
 def test_nobody_reads_on(tmp_path):

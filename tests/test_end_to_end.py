@@ -1,8 +1,10 @@
 """A tiny training and all three kinds of sampling, through the installed command."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +75,24 @@ def test_contrastive_training_goes_on_from_a_run(run, place):
     metrics = json.loads((place / "contrast" / "metrics.jsonl").read_text().splitlines()[-1])
     assert metrics["loss"] < metrics["loss_video"] + metrics["loss_audio"]
     assert metrics["loss_negative"] > 0
+
+
+def test_a_vocoder_is_trained_resumed_and_heard(place):
+    few = "--steps 4 --save-every 2 --n-sounds 8 --sequence 2048 --batch-size 2".split()
+    assert "4 steps" in cmmd(place, "train-vocoder", "--out", "voice", *few)
+    weights = place / "voice" / "model" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    for lost in ("model", "step_00000004"):
+        shutil.rmtree(place / "voice" / lost)
+    said = cmmd(place, "train-vocoder", "--out", "voice", "--resume", *few)
+    assert said.startswith("voice/model: 4 steps") and "log-mel L1" in said
+    assert weights.read_bytes() == before, "resumed bit for bit"
+    wave = make_clips(1, spec=CLIP.with_frames(33), seed=6).waveform[0, :52_799]
+    write_wav(place / "voice-in.wav", wave, spec=CLIP)
+    said = cmmd(place, "vocode", "voice-in.wav", "out.wav", "--vocoder", "voice")
+    assert said.startswith("out.wav: 3.30 s, log-mel L1 ")
+    fine = replace(CLIP, fps=CLIP.sample_rate, frame_size=8)
+    assert read_media(place / "out.wav", spec=fine).waveform.shape == wave.shape
 
 
 def test_video_to_sound(run, place):
@@ -148,6 +168,12 @@ def test_both(run, place):
     assert (place / "both.mp4").read_bytes() == (place / "again.mp4").read_bytes(), (
         "same seed, same file"
     )
+    few = ("--seconds", "1.2", "--model", "run", "--steps", "2", "--seed", "1")
+    cmmd(place, "sample", "--out", "other.mp4", *few, "--vocoder", "griffin-lim")
+    one, other = (read_media(place / f"{name}.mp4", spec=CLIP) for name in ("both", "other"))
+    assert np.array_equal(one.video, other.video), "a vocoder leaves the picture alone"
+    assert one.waveform.shape == other.waveform.shape
+    assert not np.array_equal(one.waveform, other.waveform)
 
 
 def test_demo(run, place):
@@ -167,6 +193,9 @@ def test_demo(run, place):
     for part in text.split('src="')[1:]:
         assert (demo.folder / part.split('"')[0]).is_file()
     metrics = json.loads((demo.folder / "metrics.json").read_text())
+    for name in ("sound, fresh model", "sound, shipped model"):
+        assert {name, f"{name}, as heard", f"{name}, by Griffin-Lim"} <= set(metrics["scores"])
+    assert metrics["config"]["vocoder"] == "tiny-vocoder" and "tiny-vocoder" in text
     for scored in metrics["scores"].values():
         for key in ("at_100_ms", "at_50_ms"):
             assert {"f1", "chance_f1", "ceiling_f1", "interval_95", "tolerance_s"} <= set(
