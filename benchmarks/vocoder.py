@@ -1,10 +1,10 @@
 """The vocoder beside Griffin-Lim: quality, real recordings, speed, generated mels, two labs.
 
-    python benchmarks/vocoder.py quality      unseen procedural sounds and toy clips (10 minutes)
+    python benchmarks/vocoder.py quality      unseen procedural sounds and toy clips (4 minutes)
     python benchmarks/vocoder.py real         recordings, file by file, where they are at hand
-    python benchmarks/vocoder.py speed        real-time factor, FLOPs, memory (6 minutes)
-    python benchmarks/vocoder.py generated    mels that `toy-bounce` has made (2 minutes)
-    python benchmarks/vocoder.py lab          sequence length and mel weight (30 minutes)
+    python benchmarks/vocoder.py speed        real-time factor, FLOPs, memory (2 minutes)
+    python benchmarks/vocoder.py generated    mels that `toy-bounce` has made (1 minute)
+    python benchmarks/vocoder.py lab          sequence length and mel weight (20 minutes)
 
 Minutes of one CPU core. `lab` writes benchmarks/labs/vocoder.json, the others a section each of
 benchmarks/vocoder.json. The file is written after each part; what is in it is not done again, as
@@ -20,23 +20,28 @@ import argparse
 import hashlib
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import onsets
 import torch
 from common import FRESH, Results, TestSet, about_machine, score
-from onsets import onset_times
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+import cmmd.mel
+import cmmd.melgan
+import cmmd.sounds
+import cmmd.sync
+import cmmd.toy
 from cmmd.core import ClipSpec, data_path, make_generator
 from cmmd.latents import load_vae
 from cmmd.media import MediaError, read_media
@@ -161,9 +166,17 @@ def unseen(kind: str) -> tuple[Tensor, list]:
     return clips.waveform, list(clips.events)
 
 
+@lru_cache
+def code() -> str:
+    "Of the modules that a stored measurement depends on: 8 hex digits."
+    parts = (cmmd.mel, cmmd.melgan, cmmd.sounds, cmmd.toy, cmmd.sync, onsets)
+    text = b"".join(Path(part.__file__).read_bytes() for part in parts)
+    return hashlib.sha256(text).hexdigest()[:8]
+
+
 def cached(key: str, way: str, weights: str, make: Callable[[], dict]) -> dict:
     "What `make` returns, kept in runs/: an interruption costs little, Griffin-Lim waits for none."
-    name = f"{key}, {way}" + f", {weights}" * way.startswith(SHIPPED)
+    name = f"{key}, {way}, {code()}" + f", {weights}" * way.startswith(SHIPPED)
     path = RUNS / "cache" / f"{name}.json"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,8 +202,8 @@ def measure_kind(kind: str, ways: dict, spec: ClipSpec, weights: str) -> dict:
             wave = lines[way](true)
         else:
             wave = torch.cat([ways[way](mel) for mel in pieces])
-        onsets = [onset_times(w, spec.sample_rate).tolist() for w in wave]
-        return {"errors": errors(wave, true, spec).tolist(), "onsets": onsets}
+        times = [onsets.onset_times(w, spec.sample_rate).tolist() for w in wave]
+        return {"errors": errors(wave, true, spec).tolist(), "onsets": times}
 
     names = (*lines, *ways)
     found = {way: cached(f"quality, {kind}", way, weights, lambda: row(way)) for way in names}
@@ -210,12 +223,12 @@ def group_report(some: list[dict]) -> dict:
     out, true = {"sounds": len(group_onsets(some, RIVAL))}, group_onsets(some, "true sound")
     rival = group_errors(some, RIVAL)
     for way in some[0]["ways"]:
-        found, onsets = group_errors(some, way), group_onsets(some, way)
+        found = group_errors(some, way)
         out[way] = {m: interval(found[:, i]) for i, m in enumerate(MEASURES)}
         if way.startswith(SHIPPED) or way.endswith("matched"):
             name = f"over {RIVAL}"
             out[way][name] = {m: ratio(found[:, i], rival[:, i]) for i, m in enumerate(MEASURES)}
-        out[way]["onsets kept"] = kept(true, onsets)
+        out[way]["onsets kept"] = kept(true, group_onsets(some, way))
     order = derangements(len(true), 1, make_generator(0))[0]
     found = group_onsets(some, SHIPPED)
     out["chance of an onset"] = kept(true, [found[j] for j in order])["share"]
@@ -362,22 +375,33 @@ def child_memory(model: str, way: str) -> dict:
     return json.loads(done.stdout)
 
 
+def resident(field: str) -> int:
+    "This process's VmRSS (now) or VmHWM (peak) in MB, as Linux counts them."
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field))) // 1024
+
+
+def forget_peak() -> int:
+    "Sets the peak to what is in use now, which imports and loading had exceeded; that in MB."
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
 def memory(args) -> None:
     "Run by `speed`: 10 minutes in chunks of 512 columns, or 1 minute in one pass; or nothing."
     vocoder = load_vocoder(args.model)
     mel = log_mel(make_sounds(1, duration=8.192, seed=SEED).waveform, vocoder.spec)
     minutes = {"nothing": 0, "stream": 10, "pass": 1}[args.way]
     n_columns = round(minutes * 60 * vocoder.spec.mel_rate)
-    before, heard = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+    before, heard = forget_peak(), 0
     if args.way == "stream":
         pieces = (mel[..., : min(512, n_columns - i)] for i in range(0, n_columns, 512))
         for piece in vocoder.stream(pieces):
             heard += piece.shape[-1]
     elif args.way == "pass":
         heard = vocoder.render(mel.repeat(1, 1, 8)[..., :n_columns]).shape[-1]
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {"minutes": round(heard / vocoder.spec.sample_rate / 60, 3)}
-    print(json.dumps(found | {"peak MB": after // 1024, "growth MB": (after - before) // 1024}))
+    print(json.dumps(found | {"before MB": before, "peak MB": resident("VmHWM")}))
 
 
 def made_mels(test: TestSet, model) -> tuple[Tensor, Tensor]:
@@ -400,7 +424,7 @@ def generated(args) -> None:
     mels = dict(zip(("generated", "true"), made_mels(test, model)))
     for kind, mel in mels.items():
         mel = mel.clamp(min=floor)  # what lies below the floor cannot be heard
-        onsets = {"the mel itself": [detect_onsets(m, spec) for m in mel]}
+        heard = {"the mel itself": [detect_onsets(m, spec) for m in mel]}
         loud, part[kind] = mel > -3, {}
         for way, speak in speakers(vocoder).items():
 
@@ -414,8 +438,8 @@ def generated(args) -> None:
             found = cached(f"generated, {kind} mels", way, store.weights, row)
             part[kind][way] = {"round trip": interval(np.array(found["all"]))}
             part[kind][way]["round trip, cells above -3"] = interval(np.array(found["loud"]))
-            onsets[way] = found["onsets"]
-        for way, found in onsets.items():
+            heard[way] = found["onsets"]
+        for way, found in heard.items():
             part[kind].setdefault(way, {})["v2a F1"] = score(test.events, found)
         store.write()
         for way, found in part[kind].items():

@@ -144,7 +144,7 @@ def settle_phases(
         phase = phase / phase.abs().clamp(min=1e-16)
     return _trim(torch.istft(linear * phase, length=length, **framing), spec.hop_length)
 
-
+# %% ../nbs/20_mel.ipynb #90781e4b
 def griffin_lim(
     mel: Tensor,                 # (n_mels, t) or (b, n_mels, t) log-mel in decades
     spec: ClipSpec,              # the sizes and rates

@@ -157,7 +157,7 @@ class RunConfig:
                                         warmup_steps=self.warmup_steps)
     def to_dict(self) -> dict: return asdict(self)
 
-
+# %% ../nbs/44_train.ipynb #2dc0e6b2
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
     "How a joint model is trained; the defaults are nCMMD's (CMMD App. B.2, Table 4)."
@@ -254,11 +254,9 @@ class StepData(Dataset):
         self.dataset, self.config, self.num_train_steps = dataset, config, num_train_steps
         self.rank, self.world, self.size = rank, world, config.batch_size // pieces
 
-    def __getitem__(self, step: int) -> list[TrainBatch]:
-        return self.attach(self.pieces(step))
-
+    def __getitem__(self, step: int) -> list[TrainBatch]: return self.attach(self.pieces(step))
     def attach(self, batches: list) -> list:
-        "The batches with what is too much to send from process to process: the data set."
+        "The batches with the data set, which is too much to send from process to process."
         return [replace(batch, dataset=self.dataset) for batch in batches]
 
     def pieces(self, step: int) -> list[TrainBatch]:
@@ -272,10 +270,10 @@ class StepData(Dataset):
 
     def loader(self, start: int, stop: int) -> Iterator[list[TrainBatch]]:
         "The steps from `start` to `stop` in order, prepared by `config.num_workers` processes."
-        if not self.config.num_workers: return (self[step] for step in range(start, stop))
+        if not self.config.num_workers: return map(self.__getitem__, range(start, stop))
         loader = DataLoader(_Pieces(self), batch_size=None, sampler=range(start, stop),
                             num_workers=self.config.num_workers, generator=torch.Generator())
-        return (self.attach(batches) for batches in loader)
+        return map(self.attach, loader)
 
 # %% ../nbs/44_train.ipynb #30c65837
 class _Pieces(Dataset):
@@ -368,8 +366,7 @@ class Trainer:
         "Leave a step's gradients in the weights' .grad; the losses by name."
         return step_gradients(self, batches)
 
-    def show(self, board: Any) -> None:
-        "Add pictures and sounds to TensorBoard, at each checkpoint: none here."
+    def show(self, board: Any) -> None: "Pictures and sounds for TensorBoard: none here."
 
 # %% ../nbs/44_train.ipynb #d5d5f53b
 def release_model(
