@@ -372,7 +372,7 @@ def random_biquad(
     else: made = make(waveform / 64, sample_rate, frequency, *extra)      # it clamps at 1
     return made * 64 / max(1., 64 * float(made.abs().max()))
 
-# %% ../nbs/21_melgan.ipynb #15696e43
+# %% ../nbs/21_melgan.ipynb #7dd1a68a
 def match_mel(
     waveform: Tensor,   # (b, hop_length * t)
     mel: Tensor,        # (b, n_mels, t), decades: what its log-mel should be
@@ -388,7 +388,8 @@ def match_mel(
     window = torch.hann_window(spec.win_length, device=waveform.device)
     framing = {"n_fft": spec.win_length, "hop_length": hop, "window": window}
     pad, floor = (spec.win_length - hop) // 2, spec.mel_floor
-    wanted = (10**mel - floor).clamp(min=1e-3 * floor)              # a clamped cell is silence
+    silent = mel <= math.log10(floor) + 1e-4                        # a clamped cell
+    wanted = torch.where(silent, 1e-3 * floor, 10**mel)
     for _ in range(rounds):
         stft = torch.stft(reflect(waveform[:, None], pad)[:, 0], **framing, center=False,
                           return_complex=True)

@@ -1,7 +1,7 @@
 """The shipped vocoder measured small: 12 unseen sounds beside Griffin-Lim.
 
 The full measure is `benchmarks/vocoder.py`. The aim is 0.75 of Griffin-Lim's errors and 95% of the
-onsets; the bounds below are looser, at what these weights reach, so that they do not get worse.
+onsets; where a bound below is looser, it is what these weights reach, and they may not get worse.
 """
 
 import importlib.util
@@ -63,17 +63,16 @@ def mel_error(made, true, spec) -> float:
 
 
 def test_spectra_beside_griffin_lim(sounds):
-    "Measured 1.11 of Griffin-Lim's error: the aim of 0.75 is missed."
+    "Measured 1.10 of Griffin-Lim's error (0.99 on 124 sounds): the aim of 0.75 is missed."
     true, *made = sounds
     ours, rival = (stft_error(wave, true) for wave in made)
     assert ours < 1.15 * rival
 
 
-def test_mels_beside_griffin_lim(vocoder, sounds):
-    "Measured 0.90 of Griffin-Lim's error: the aim of 0.75 is missed."
+def test_mels_are_a_quarter_closer_than_griffin_lim(vocoder, sounds):
     true, *made = sounds
     ours, rival = (mel_error(wave, true, vocoder.spec) for wave in made)
-    assert ours < 0.95 * rival
+    assert ours < 0.75 * rival
 
 
 def test_onsets_are_kept(sounds):
