@@ -261,6 +261,11 @@ class ContrastOptions:
             self.n_negatives))
 
 # %% ../nbs/80_cli.ipynb #9cbf22a9
+def _first_process() -> bool:
+    "Of those that `accelerate launch` starts: the others would find the first one's files."
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def _clear_run(folder: Path) -> None:
     "Removes an earlier run's files, while nobody else holds the folder."
     from cmmd.checkpoint import RunLock
@@ -327,12 +332,13 @@ def _train(what: TrainOptions, contrast: ContrastOptions, machine: Machine,
     if what.resume and output.overwrite:
         raise typer.BadParameter("give --resume or --overwrite, not both")
     from cmmd.pipeline import check_out_folder
-    if not what.resume: check_out_folder(what.out, RUN_FILES, overwrite=output.overwrite)
+    if not what.resume and _first_process():
+        check_out_folder(what.out, RUN_FILES, overwrite=output.overwrite)
     device = machine.ready()
     from cmmd.train import train
     config = _train_config(what)
     model, data = _model_and_data(what, contrast, device)
-    if output.overwrite and what.out.is_dir(): _clear_run(what.out)
+    if output.overwrite and what.out.is_dir() and _first_process(): _clear_run(what.out)
     result = train(model, data, config=config, out_dir=what.out, resume=what.resume, device=device,
                    loss_fn=contrast.loss_fn())
     _last_words("train", what.out, result, ("loss", "loss", ""))
@@ -422,7 +428,7 @@ def _train_vocoder(what: VocoderOptions, machine: Machine, output: Output) -> No
         raise typer.BadParameter("give --resume or --overwrite, not both")
     from cmmd.pipeline import check_out_folder
     only_sounds = what.out.is_dir() and {p.name for p in what.out.iterdir()} == {"sounds"}
-    if not what.resume:
+    if not what.resume and _first_process():
         check_out_folder(what.out, (*RUN_FILES, "sounds"),
                          overwrite=output.overwrite or only_sounds)
     device = machine.ready()
@@ -431,7 +437,7 @@ def _train_vocoder(what: VocoderOptions, machine: Machine, output: Output) -> No
     generator, discriminator = _vocoder_networks(what)
     rate = generator.config.sample_rate
     bank = _sounds(what, sample_rate=rate, least=config.sequence)
-    if output.overwrite and what.out.is_dir(): _clear_run(what.out)
+    if output.overwrite and what.out.is_dir() and _first_process(): _clear_run(what.out)
     result = train_vocoder(generator, bank, discriminator=discriminator, config=config,
                            out_dir=what.out, resume=what.resume, device=device)
     _last_words("train-vocoder", what.out, result, ("log-mel L1", "loss_mel", " decades"))
