@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from runs import same, weights
 
 from cmmd.checkpoint import CheckpointError, find_checkpoint
 from cmmd.contrastive import TARGETS, ContrastiveConfig, ContrastiveLossFn, contrastive_loss
@@ -43,22 +44,6 @@ def run(data, loss_fn=None, **changes):
     loss_fn = loss_fn or ContrastiveLossFn()
     model = keep.pop("model", None) or make_model()
     return train(model, data, config=c, loss_fn=loss_fn, device="cpu", **keep)
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def lines(history):
-    return [{k: v for k, v in m.items() if k != "clips_per_s"} for m in history]
-
-
-def same(a, b):
-    return (
-        torch.equal(weights(a.model), weights(b.model))
-        and torch.equal(weights(a.ema_model), weights(b.ema_model))
-        and lines(a.history) == lines(b.history)
-    )
 
 
 @pytest.fixture(scope="module")

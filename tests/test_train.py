@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
+from runs import lines, same, weights
 from torch import nn
 
 from cmmd import train as tr
@@ -80,22 +81,6 @@ def run(c=None, **kwargs):
         config=c or config(),
         device="cpu",
         **kwargs,
-    )
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def lines(history):
-    return [{k: v for k, v in m.items() if k != "clips_per_s"} for m in history]
-
-
-def same(a, b):
-    return (
-        torch.equal(weights(a.model), weights(b.model))
-        and lines(a.history) == lines(b.history)
-        and torch.equal(weights(a.ema_model), weights(b.ema_model))
     )
 
 

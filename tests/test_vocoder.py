@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import lines, weights
 
 from cmmd.checkpoint import CheckpointError, find_checkpoint, list_checkpoints
 from cmmd.core import make_generator
@@ -98,14 +99,6 @@ def everything(trainer):
 
 def equal(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
-
-
-def weights(*models):
-    return torch.cat([p.detach().flatten() for m in models for p in m.parameters()])
-
-
-def lines(history):
-    return [{k: v for k, v in m.items() if k != "clips_per_s"} for m in history]
 
 
 def same(a, b):
