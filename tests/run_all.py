@@ -90,8 +90,8 @@ def check_notebooks(workers: int) -> None:
     print("slowest notebooks: " + ", ".join(f"{n} {times[n]:.0f} s" for n in slowest), flush=True)
 
 
-def check_pytest(arguments: list[str]) -> None:
-    "pytest, its tests counted one by one."
+def check_pytest(workers: int, arguments: list[str]) -> None:
+    "pytest, its tests counted one by one; a file's tests stay in one process."
     CACHE.mkdir(exist_ok=True)
     results = CACHE / "pytest.xml"
     results.unlink(missing_ok=True)
@@ -101,6 +101,8 @@ def check_pytest(arguments: list[str]) -> None:
         "pytest",
         "-q",
         "--durations=5",
+        f"--numprocesses={workers}",
+        "--dist=loadfile",
         "--continue-on-collection-errors",
         f"--junitxml={results}",
     ]
@@ -121,14 +123,14 @@ def main() -> int:
     "Run what was asked for; 0 when nothing failed."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("export", "ruff", "notebooks", "pytest"))
-    parser.add_argument("--workers", type=int, default=2, help="notebooks at a time")
+    parser.add_argument("--workers", type=int, default=2, help="notebooks or test files at a time")
     parser.add_argument("pytest", nargs="*", help="arguments for pytest")
     asked, start = parser.parse_args(), time.time()
     steps = {
         "export": check_export,
         "ruff": lambda: report("ruff", *run(BIN / "ruff", "check", ".")),
         "notebooks": lambda: check_notebooks(asked.workers),
-        "pytest": lambda: check_pytest(asked.pytest),
+        "pytest": lambda: check_pytest(asked.workers, asked.pytest),
     }
     for step in [asked.only] if asked.only else steps:
         steps[step]()
