@@ -327,9 +327,13 @@ def networks(vocoder: Vocoder) -> dict[str, Vocoder]:
     }
 
 
-def transforms(way: str) -> int:
-    "FFTs for one column: there and back in each round, and Griffin-Lim's last way back."
-    return 2 * 32 + 1 if way == RIVAL else 0 if "no match" in way else 2 * 2
+def transforms(way: str, vocoder: Vocoder | None) -> int:
+    "FFTs for one mel column: there and back in each round, and the last way back of phases."
+    if vocoder is None:
+        return 2 * 32 + 1
+    draws = vocoder.model.config.stft_hop > 1
+    settle = (2 * vocoder.settle + 1) * vocoder.model.places * draws
+    return settle + 2 * vocoder.rounds
 
 
 def speed(args) -> None:
@@ -337,7 +341,8 @@ def speed(args) -> None:
     vocoder, seconds = load_vocoder(args.model), 8.192
     store, spec = Store(args.out, fingerprint(args.model)), vocoder.spec
     mel = log_mel(make_sounds(1, duration=seconds, seed=SEED).waveform, spec)
-    ways = {name: lambda mel, v=v: v(mel, spec) for name, v in networks(vocoder).items()}
+    nets = networks(vocoder)
+    ways = {name: lambda mel, v=v: v(mel, spec) for name, v in nets.items()}
     ways[RIVAL] = speakers(vocoder)[RIVAL]
     part = store.section("speed")
     part["about"] |= {"seconds of sound": seconds, "times": "median of 5 after one to warm up"}
@@ -351,7 +356,7 @@ def speed(args) -> None:
     for name, speak in ways.items():
         with FlopCounterMode(display=False) as counter:
             speak(mel)
-        fft = transforms(name) * FFT_FLOPS * spec.mel_rate
+        fft = transforms(name, nets.get(name)) * FFT_FLOPS * spec.mel_rate
         wall, cpu = (statistics.median(x[1:]) / seconds for x in took[name])
         part[name] = {"real-time factor, CPU time": round(cpu, 4)}
         part[name] |= {"real-time factor, wall": round(wall, 4)}
@@ -388,7 +393,7 @@ def forget_peak() -> int:
 
 
 def memory(args) -> None:
-    "Run by `speed`: 10 minutes in chunks of 512 columns, or 1 minute in one pass; or nothing."
+    "Run by `speed`: 10 minutes in chunks of 2,048 columns, or 1 minute in one pass; or nothing."
     vocoder = load_vocoder(args.model)
     mel = log_mel(make_sounds(1, duration=8.192, seed=SEED).waveform, vocoder.spec)
     minutes = {"nothing": 0, "stream": 10, "pass": 1}[args.way]

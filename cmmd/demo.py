@@ -37,8 +37,7 @@ from .sync import (bootstrap_interval, chance_f1, detect_impacts, detect_onsets,
 from .toy import ToyClips, make_clips
 from .train import TrainConfig, TrainResult, train
 from .unet import UNetConfig
-from .viz import (PAGE_STYLE, PART_STYLE, clip_figure, curves, encode_mp4, html_page,
-                      label_events, to_png)
+from .viz import clip_figure, curves, encode_mp4, html_page, label_events, to_png
 
 # %% ../nbs/75_demo.ipynb #5cd2669a
 DEMO_FILES = ("index.html", "metrics.json", "clips", "figures", "model")  # all that a demo leaves

@@ -109,8 +109,8 @@ def mel_to_magnitude(
     return linear
 
 # %% ../nbs/20_mel.ipynb #5b59d93a
-def _framing(spec: ClipSpec, device) -> dict:  # arguments that torch.stft and torch.istft share
-    window = torch.hann_window(spec.win_length, device=device)
+def _framing(spec: ClipSpec, like: Tensor) -> dict:  # what torch.stft and torch.istft share
+    window = torch.hann_window(spec.win_length, dtype=like.dtype, device=like.device)
     sizes = {"n_fft": spec.win_length, "hop_length": spec.hop_length}
     return {**sizes, "window": window, "center": True}
 
@@ -134,7 +134,7 @@ def settle_phases(
 ) -> Tensor:              # (b, hop_length * t) waveform
     "A waveform with about these magnitudes (Griffin & Lim 1984; Perraudin et al. 2013)."
     linear, pull = _repeat_ends(linear), momentum / (1 + momentum)
-    framing, length = _framing(spec, linear.device), (linear.shape[-1] - 1) * spec.hop_length
+    framing, length = _framing(spec, linear), (linear.shape[-1] - 1) * spec.hop_length
     turns = 2 * torch.pi * turns.to(linear)
     phase, before = torch.polar(torch.ones_like(turns), turns), 0.
     for _ in range(n_iter):

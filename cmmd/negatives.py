@@ -92,9 +92,10 @@ def _moved_mels(dataset: ClipDataset, index: list[int], by: list[int], spec: Cli
     starts = [round((dataset.margin - k) * spec.sample_rate / spec.fps) for k in by]
     sounds = [dataset.around.sound[i, s:s + spec.n_samples] for i, s in zip(index, starts)]
     mels = log_mel(torch.stack(sounds), spec)
-    if mels.shape[1:] != dataset.audio.shape[1:]:
-        raise ValueError(f"spec must be that of the clips, whose mels are "
-                         f"{tuple(dataset.audio.shape[1:])}; its own are {tuple(mels.shape[1:])}")
+    own = dataset[index[0]][1].shape
+    if mels.shape[1:] != own:
+        raise ValueError(f"spec must be that of the clips, whose mels are {tuple(own)}; its own "
+                         f"are {tuple(mels.shape[1:])}")
     return normalise_mel(mels, dataset.mel_mean, dataset.mel_std)
 
 

@@ -372,9 +372,10 @@ class Trainer:
 def release_model(
     trainer: Trainer,  # all the state of the run
 ) -> None:
-    "Take accelerate's replaced forward off the caller's model."
-    for name in set(vars(trainer.model)) - trainer.own:
-        if name in ("forward", "_original_forward"): delattr(trainer.model, name)
+    "Take accelerate's replaced forward off the caller's networks."
+    for module in trainer.modules.values():
+        for name in set(vars(module)) - trainer.own:
+            if name in ("forward", "_original_forward"): delattr(module, name)
 
 # %% ../nbs/44_train.ipynb #2477d5ec
 LOSS_NAMES = {"total": "loss", "video": "loss_video", "audio": "loss_audio",

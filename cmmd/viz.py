@@ -701,7 +701,7 @@ PAGE_STYLE = """
 :root { color-scheme: light dark; --page: #f6f5f1; --card: #ffffff; --ink: #1d1f23;
   --soft: #5d636e; --line: #e2e0d9; --accent: #0a6c9e; --band: #0a6c9e38; --plate: #ffffff; }
 @media (prefers-color-scheme: dark) { :root { --page: #14161a; --card: #1d2025; --ink: #e9e9e6;
-  --plate: #ffffff; } }
+  --soft: #a9b0bb; --line: #3a3f48; --accent: #6cb8e8; --band: #6cb8e844; --plate: #f4f3ef; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.6; font-size: 16px;
   font-family: system-ui, -apple-system, "Segoe UI", "Noto Sans", "DejaVu Sans", sans-serif; }

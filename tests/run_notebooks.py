@@ -28,7 +28,10 @@ def execute(path: Path) -> None:
             skipped[cell.id] = (cell.source, cell.outputs)
             cell.source = ""
     NotebookClient(
-        notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}
+        notebook,
+        timeout=600,
+        store_widget_state=False,
+        resources={"metadata": {"path": str(path.parent)}},
     ).execute()
     for cell in notebook.cells:
         if cell.id in skipped:

@@ -1,5 +1,6 @@
 """The command line: exit codes, one-line errors, nothing overwritten, quick help."""
 
+import json
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ COMMANDS = (
     "train",
     "train-vocoder",
     "train-vae",
+    "evaluate",
     "demo",
     "info",
     "doctor",
@@ -79,6 +81,11 @@ def some_of(sounds, folder, *names) -> Path:
 def run(capsys, *arguments) -> tuple[int, str, str]:
     code = cli.run(list(map(str, arguments)))
     return code, *capsys.readouterr()
+
+
+def needed(command: str) -> tuple[str, ...]:
+    "What a command cannot do without, beside --out."
+    return ("--model", "toy-cmmd") if command == "evaluate" else ()
 
 
 def check_error(capsys, code: int, *arguments) -> str:
@@ -158,6 +165,27 @@ def test_wrong_use_is_2(command, bad, tmp_path, sounds, capsys):
         ("train-vocoder", "--out", "r", "--save-every", "0"),
         ("train-vocoder", "--out", "r", "--data-seed", "-1"),
         ("train-vocoder", "--out", "r", "--resume", "--overwrite"),
+        ("evaluate",),
+        ("evaluate", "--model", "toy-cmmd"),
+        ("evaluate", "--out", "r"),
+        ("evaluate", "--out", "r", "--generated", "."),
+        ("evaluate", "--out", "r", "--reference", "."),
+        ("evaluate", "--out", "r", "--generated", ".", "--reference", "gone"),
+        ("evaluate", "--out", "r", "--generated", __file__, "--reference", "."),
+        ("evaluate", "--out", "r", "--generated", ".", "--reference", ".", "--model", "toy-cmmd"),
+        ("evaluate", "--out", "r", "--model", "toy-cmmd", "--data", "toy:chess"),
+        ("evaluate", "--out", "r", "--model", "toy-cmmd", "--data", "clips.pt"),
+        ("evaluate", "--out", "r", "--model", "toy-cmmd", "--data", "gone.safetensors"),
+        ("evaluate", "--out", "r", "--model", "toy-cmmd", "--train-data", "gone.safetensors"),
+        ("evaluate", "--out", "r", "--model", "toy-cmmd", "--directions", "both"),
+        ("evaluate", "--out", "r", "--model", "toy-cmmd", "--directions", "v2a,v2a"),
+        ("evaluate", "--out", "r", "--model", "toy-cmmd", "--directions", ""),
+        ("evaluate", "--out", "r", "--model", "toy-cmmd", "--n-clips", "3"),
+        ("evaluate", "--out", "r", "--model", "toy-cmmd", "--generations", "0"),
+        ("evaluate", "--out", "r", "--model", "toy-cmmd", "--v2a-weight", "nan"),
+        ("evaluate", "--out", "r", "--model", "toy-cmmd", "--a2v-weight", "-1"),
+        ("evaluate", "--out", "r", "--model", "toy-cmmd", "--seed", "-1"),
+        ("evaluate", "--out", "r", "--generated", ".", "--reference", ".", "--seconds", "0"),
         ("vocode",),
         ("vocode", "in.wav"),
         ("vocode", "not-there.wav", "x.wav"),
@@ -193,21 +221,22 @@ def test_existing_file_is_kept(tmp_path, untrained, capsys):
     assert out.read_text() == "mine"
 
 
-@pytest.mark.parametrize("command", ["train", "train-vocoder", "train-vae", "demo"])
+@pytest.mark.parametrize("command", ["train", "train-vocoder", "train-vae", "evaluate", "demo"])
 def test_existing_folder_is_kept(command, tmp_path, capsys):
     (tmp_path / "model").mkdir()
     (tmp_path / "thesis.txt").write_text("mine")
     for extra in ((), ("--overwrite",)):
-        err = check_error(capsys, 1, command, "--out", tmp_path, *extra)
+        err = check_error(capsys, 1, command, "--out", tmp_path, *needed(command), *extra)
         assert "model" in err or "thesis.txt" in err or "--overwrite" in err
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("command", ["train", "train-vocoder", "train-vae", "demo"])
+@pytest.mark.parametrize("command", ["train", "train-vocoder", "train-vae", "evaluate", "demo"])
 def test_file_in_place_of_the_folder(command, tmp_path, capsys):
     (tmp_path / "x").write_text("mine")
-    check_error(capsys, 1, command, "--out", tmp_path / "x", "--overwrite")
-    check_error(capsys, 1, command, "--out", tmp_path / "x" / "deeper")
+    more = needed(command)
+    check_error(capsys, 1, command, "--out", tmp_path / "x", *more, "--overwrite")
+    check_error(capsys, 1, command, "--out", tmp_path / "x" / "deeper", *more)
     assert (tmp_path / "x").read_text() == "mine"
 
 
@@ -518,6 +547,45 @@ def test_sample_hands_the_vocoder_on(voice, tmp_path, monkeypatch, capsys):
     assert got[2].model.config.ngf == 4
 
 
+QUICK = "--n-clips 4 --steps 1 --v2a-weight 0 --directions v2a --n-show 1 --device cpu".split()
+
+
+def test_evaluate_models(untrained, tmp_path, capsys):
+    out = tmp_path / "report"
+    models = ("--model", untrained, "--model", "toy-cmmd")
+    code, text, err = run(capsys, "evaluate", "--out", out, *models, *QUICK)
+    assert code == 0 and err == "" and "toy-cmmd minus" in text and "report.html" in text
+    assert sorted(p.name for p in out.iterdir()) == ["report.html", "report.json"]
+    assert "--overwrite" in check_error(capsys, 1, "evaluate", "--out", out, *models, *QUICK)
+    err = check_error(capsys, 1, "evaluate", "--out", tmp_path / "x", "--model", "nobody", *QUICK)
+    assert "nobody" in err and not (tmp_path / "x").exists()
+
+
+def test_evaluate_folders(sounds, tmp_path, capsys):
+    out, folders = tmp_path / "report", ("--generated", sounds, "--reference", sounds)
+    code, text, err = run(capsys, "evaluate", "--out", out, *folders, "--seconds", "2")
+    assert code == 0 and err == "" and "cannot be read" in text
+    assert (
+        "text.wav" in json.loads((out / "report.json").read_text())["files"]["generated"]["skipped"]
+    )
+    assert (out / "report.html").stat().st_size < 5e6
+    (tmp_path / "empty").mkdir()
+    given = ("--generated", tmp_path / "empty", "--reference", sounds)
+    assert "no media file" in check_error(capsys, 1, "evaluate", "--out", tmp_path / "x", *given)
+    assert not (tmp_path / "x").exists()
+
+
+def test_interrupted_evaluation_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cmmd.evaluate.generate", stop)
+    err = check_error(
+        capsys, 130, "evaluate", "--out", tmp_path / "r", "--model", "toy-cmmd", *QUICK
+    )
+    assert err == "cmmd evaluate: interrupted\n" and list(tmp_path.iterdir()) == []
+
+
 def test_info(untrained, capsys):
     code, out, err = run(capsys, "info")
     assert code == 0 and not err
@@ -528,7 +596,7 @@ def test_info(untrained, capsys):
 
 
 def test_info_of_a_vocoder(voice, capsys):
-    assert "tiny-vocoder: 1.14 M parameters" in run(capsys, "info")[1]
+    assert "tiny-vocoder: 1.41 M parameters" in run(capsys, "info")[1]
     code, out, err = run(capsys, "info", "--model", voice)
     assert code == 0 and "80 mel bands" in out and "16 kHz" in out and not err
 

@@ -186,6 +186,45 @@ def test_a_long_window_streams_too():
     assert float((Vocoder(model, rounds=2, chunk=11)(mel, spec) - whole).abs().max()) < 1e-5
 
 
+@pytest.fixture(scope="module")
+def drawer():
+    "A narrow generator of magnitudes, its changes large enough to matter."
+    model = seeded(ratios=(2,), ngf=4, stft_hop=128)
+    return model.fold().requires_grad_(False)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 48, 128])
+def test_phases_that_settle_stream_exactly(drawer, chunk):
+    "Rounds turn rounding up, by a thousand or more: hence float64."
+    mel = mel_of(160 if chunk > 5 else 24, seed=1)
+    whole = Vocoder(drawer, settle=32, rounds=8).render(mel)
+    cut = Vocoder(drawer, settle=32, rounds=8, chunk=chunk)
+    made = torch.cat(list(cut.stream(mel.split(7, -1))), -1)
+    assert made.dtype == torch.float32 and float(whole.abs().max()) > 0.01
+    assert float((made - whole).abs().max()) < 1e-5
+
+
+def test_magnitudes_of_any_length(drawer):
+    for t in (1, 2, 3, 4, 9):
+        assert Vocoder(drawer, settle=2, rounds=1)(mel_of(t), SPEC).shape == (1, 256 * t)
+        with torch.no_grad():
+            assert drawer(mel_of(t).double()).shape == (1, 257, 2 * t)
+    with torch.device("meta"):
+        assert n_weights(MelGANGenerator.spectral()) == 1_413_634
+
+
+def test_silence_is_silent_in_an_untrained_generator_of_magnitudes():
+    model = seeded(ratios=(2,), ngf=4, stft_hop=128).start_silent()
+    assert float(Vocoder(model, settle=4)(torch.full((80, 40), -5.0), SPEC).abs().max()) < 1e-6
+
+
+def test_match_mel_leaves_the_ends_alone():
+    sound = 0.1 * torch.randn(1, 256 * 30, generator=make_generator(2))
+    made = match_mel(sound, log_mel(sound, SPEC), SPEC, rounds=32)
+    apart = (made - sound).abs()
+    assert float(apart[:, :512].max()) < 1e-3 and float(apart[:, -512:].max()) < 1e-3
+
+
 def test_memory_is_bounded(narrow):
     vocoder, widths = Vocoder(narrow, chunk=64), []
     hook = narrow.register_forward_pre_hook(lambda m, given: widths.append(given[0].shape[-1]))

@@ -60,7 +60,8 @@ def test_links_of_notebooks(path):
 
 
 def test_readme_fits_one_screen():
-    assert len(README.splitlines()) <= 90 and len(README) <= 9_000
+    lines = [line for line in README.splitlines() if not ROW.match(line)]  # the table may grow
+    assert len(lines) <= 60 and len("\n".join(lines)) <= 5_000
 
 
 def test_version_is_in_the_changelog():

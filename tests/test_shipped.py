@@ -69,12 +69,12 @@ def test_the_sound_leans_on_the_picture(world):
 
 def test_weight_folders_have_cards_and_no_pickle():
     for folder in filter(lambda p: p.is_dir(), data_path("weights").iterdir()):
-        names = {p.name for p in folder.iterdir()}
-        assert {"README.md", "config.json"} <= names and any(
-            n.endswith(".safetensors") for n in names
-        )
-        assert not any(n.endswith((".bin", ".pt", ".pkl", ".ckpt")) for n in names)
-        json.loads((folder / "config.json").read_text())
+        names = {p.name for p in folder.rglob("*")}
+        assert (folder / "README.md").is_file() and "config.json" in names
+        assert any(n.endswith(".safetensors") for n in names)
+        assert not any(n.endswith((".bin", ".pt", ".pkl", ".ckpt", ".py")) for n in names)
+        for config in folder.rglob("*.json"):
+            json.loads(config.read_text())
 
 
 def test_finite_weights(world):

@@ -23,6 +23,7 @@ from cmmd.soundbank import SoundBank, toy_sounds
 from cmmd.train import TrainError, read_metrics, train_step
 from cmmd.vocoder import (
     SoundData,
+    SoundTrainer,
     VocoderConfig,
     VocoderTrainer,
     generator_losses,
@@ -437,6 +438,69 @@ def test_two_processes_equal_two_pieces(tmp_path):
     for name, network in (("model", one.model), ("discriminator", judge)):
         for key, value in network.state_dict().items():
             assert torch.allclose(found.tensors[name][key], value, rtol=1e-3, atol=2e-5), key
+
+
+# ---------------------------------------------------------------- magnitudes
+def drawer(seed=0):
+    torch.manual_seed(seed)
+    return MelGANGenerator(ratios=(2,), ngf=4, stft_hop=128, n_residual_layers=1).start_silent()
+
+
+def spectral(**changes):
+    given = {"steps": 6, "batch_size": 2, "sequence": 4096, "log_every": 2, "save_every": 3}
+    return VocoderConfig.spectral(**given | {"warmup_steps": 2} | changes)
+
+
+def test_a_generator_of_magnitudes_trains_and_resumes_exactly(tmp_path, monkeypatch):
+    whole = train_vocoder(drawer(), BANK, config=spectral(), device="cpu")
+    gradients = SoundTrainer.gradients
+
+    def killed(trainer, batches):
+        if trainer.step == 4:
+            raise Stop
+        return gradients(trainer, batches)
+
+    monkeypatch.setattr(SoundTrainer, "gradients", killed)
+    with pytest.raises(Stop):
+        train_vocoder(drawer(), BANK, config=spectral(), device="cpu", out_dir=tmp_path / "run")
+    monkeypatch.setattr(SoundTrainer, "gradients", gradients)
+    again = train_vocoder(
+        drawer(), BANK, config=spectral(), device="cpu", out_dir=tmp_path / "run", resume=True
+    )
+    for a, b in ((whole.model, again.model), (whole.ema_model, again.ema_model)):
+        assert torch.equal(weights(a), weights(b))
+    assert set(whole.history[-1]) >= {"loss", "loss_mel", "grad_norm"}
+    vocoder = load_vocoder(tmp_path / "run")
+    assert vocoder.model.config.stft_hop == 128
+    assert vocoder(torch.full((80, 3), -5.0), vocoder.spec).shape == (768,)
+
+
+def test_pieces_of_a_batch_of_magnitudes_are_the_batch():
+    one, two = (
+        SoundTrainer(drawer(), BANK, config=spectral(gradient_accumulation=n), device="cpu")
+        for n in (1, 2)
+    )
+    a, b = (t.gradients(t.data[0]) for t in (one, two))
+    assert math.isclose(a["loss"], b["loss"], rel_tol=1e-4)
+    for p, q in zip(one.params, two.params):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-2, atol=1e-4)
+
+
+def test_a_nan_among_magnitudes_is_skipped():
+    trainer = SoundTrainer(drawer(), BANK, config=spectral(), device="cpu")
+    before, batches = weights(trainer.model).clone(), trainer.data[0]
+    batches[0].waveform[0, 5] = math.nan
+    assert not train_step(trainer, batches)
+    assert torch.equal(weights(trainer.model), before)
+
+
+def test_bf16_leaves_both_networks_plain():
+    generator, discriminator = networks()
+    c = config(steps=3, mixed_precision="bf16")
+    train_vocoder(generator, BANK, discriminator=discriminator, config=c, device="cpu")
+    for network in (generator, discriminator):
+        assert not {"forward", "_original_forward"} & set(vars(network))
+    assert discriminator(torch.zeros(1, 4096))[0][0].dtype == torch.float32
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The shipped vocoder measured small: 12 unseen sounds beside Griffin-Lim.
 
 The full measure is `benchmarks/vocoder.py`. The aim is 0.75 of Griffin-Lim's errors and 95% of the
-onsets; where a bound below is looser, it is what these weights reach, and they may not get worse.
+onsets, over many sounds.
 """
 
 import importlib.util
@@ -62,11 +62,10 @@ def mel_error(made, true, spec) -> float:
     return float((log_mel(made, spec) - log_mel(true, spec)).abs().mean())
 
 
-def test_spectra_beside_griffin_lim(sounds):
-    "Measured 1.10 of Griffin-Lim's error (0.99 on 124 sounds): the aim of 0.75 is missed."
+def test_spectra_are_a_quarter_closer_than_griffin_lim(sounds):
     true, *made = sounds
     ours, rival = (stft_error(wave, true) for wave in made)
-    assert ours < 1.15 * rival
+    assert ours < 0.8 * rival
 
 
 def test_mels_are_a_quarter_closer_than_griffin_lim(vocoder, sounds):
@@ -76,7 +75,7 @@ def test_mels_are_a_quarter_closer_than_griffin_lim(vocoder, sounds):
 
 
 def test_onsets_are_kept(sounds):
-    "Of 57 onsets found in the true sounds, 54 (94.7%) are found within 10 ms in the made ones."
+    "Within 10 ms; and not those of another sound."
     true, ours, _ = sounds
     heard, made = ([onset_times(w) for w in waves] for waves in (true, ours))
     found = event_scores(heard, made, tolerance=0.010)
@@ -92,16 +91,27 @@ def test_silence_stays_silent(vocoder):
         assert peak < 1e-3
 
 
-def test_a_stream_is_the_sound_in_one_pass(vocoder, sounds):
-    "Pieces of uneven sizes, chunks of 48 columns: the same samples to 1e-5."
-    mel = log_mel(sounds[0][:1], vocoder.spec)
-    whole, chunk = vocoder.render(mel), vocoder.chunk
-    vocoder.chunk = 48
-    made = torch.cat(list(vocoder.stream(mel.split([1, 100, 7, 72], -1))), -1)
+@pytest.mark.parametrize("chunk", [48, 128, 512])
+def test_a_stream_is_the_sound_in_one_pass(vocoder, sounds, chunk):
+    "Pieces of uneven sizes, chunks of any: the same samples to 1e-5, over 12 s of 4 sounds."
+    mel = log_mel(sounds[0][:4].reshape(1, -1), vocoder.spec)
+    whole, usual = vocoder.render(mel), vocoder.chunk
     vocoder.chunk = chunk
-    assert made.shape == whole.shape == (1, 180 * 256)
+    made = torch.cat(list(vocoder.stream(mel.split([1, 100, 7, 612], -1))), -1)
+    vocoder.chunk = usual
+    assert made.shape == whole.shape == (1, 720 * 256)
     apart = float((made - whole).abs().max())
     assert apart < 1e-5
+
+
+def test_a_steady_tone_keeps_its_pitch(vocoder):
+    "To 1.5%; a convolutional generator of samples can only answer with multiples of 62.5 Hz."
+    spec, time = vocoder.spec, torch.arange(120 * 256) / 16_000
+    for hertz in (437.0, 1030.0, 2218.0):
+        tone = 0.5 * torch.sin(2 * torch.pi * hertz * time)
+        made = vocoder(log_mel(tone, spec), spec)[20 * 256 : 100 * 256] * torch.hann_window(20_480)
+        strongest = float(torch.fft.rfft(made).abs().argmax()) * 16_000 / len(made)
+        assert abs(strongest - hertz) < max(10, 0.015 * hertz)
 
 
 def test_the_file_is_small_and_half_precision():
