@@ -205,7 +205,7 @@ class PrepareOptions:
     source: list[Path] = argument("SRC...", "Folders of videos.")
     out: Path = option(..., "The folder for the shards; a stopped run goes on.")
     dataset: str = option("folder", "folder, aist or epic.")
-    annotations: Path|None = option(None, "aist: the folder of its split lists; epic: its .csv file.")
+    annotations: Path|None = option(None, "aist: the folder of its lists; epic: its .csv file.")
     config: str = option("paper", "Sizes and VAE of: tiny, small or paper.")
     vae: str|None = option(None, "The VAE instead: tiny, taesd, sd-vae-ft-mse or a folder.")
     margin: int = option(4, "Frames kept on either side of a clip, for true shifted sounds.", min=0)
@@ -239,7 +239,8 @@ def _sources(what: PrepareOptions, clip: Any):
     if what.dataset == "epic": return epic_sources(what.source[0], what.annotations, clip=clip)
     found = [(folder, folder_sources(folder, test_share=what.test_share)) for folder in what.source]
     if len(found) == 1: return found[0][1]
-    return [replace(s, id=f"{folder.resolve().name}/{s.id}") for folder, part in found for s in part]
+    return [replace(s, id=f"{folder.resolve().name}/{s.id}")
+            for folder, part in found for s in part]
 
 
 @command("prepare")
@@ -276,8 +277,8 @@ def _check_clips(name: str, data: str|None) -> None:
     if data in (None, "toy:bounce", "toy:dance") or not data.startswith("toy:") and \
             Path(data).is_dir(): return
     if data.startswith("toy:") or not data.endswith(".safetensors"):
-        raise typer.BadParameter(f"--{name} must be toy:bounce, toy:dance, a .safetensors file or a "
-                                 f"prepared folder; got {data!r}")
+        raise typer.BadParameter(f"--{name} must be toy:bounce, toy:dance, a .safetensors file or "
+                                 f"a prepared folder; got {data!r}")
     if not Path(data).is_file(): raise typer.BadParameter(f"there is no file {data!r}")
 
 # %% ../nbs/80_cli.ipynb #7cb21b0c
@@ -602,9 +603,9 @@ class EvaluateOptions:
     n_train: int = option(512, "How many toy training clips.", min=1, max=1_000_000)
     seconds: float = option(30., "Of each file that are used.", min=1, max=600)
     clap: str|None = option(None, "CLAP's weights, for FAD; default: a random network.")
-    clap_sha256: str|None = option(None, "The hash you know CLAP's file by; without it: FD_clap-custom.")
+    clap_sha256: str|None = option(None, "The hash you know CLAP's file by; it is FAD only then.")
     i3d: str|None = option(None, "I3D's weights, for FVD; default: a random network.")
-    i3d_sha256: str|None = option(None, "The hash you know I3D's file by; without it: FD_i3d-custom.")
+    i3d_sha256: str|None = option(None, "The hash you know I3D's file by; it is FVD only then.")
     n_show: int = option(3, "Examples on the page.", min=0, max=20)
     seed: int = option(0, "Of clips, noise, exchanges and intervals.", min=0)
 

@@ -678,7 +678,8 @@ class ShardDataset:
         if not self.rows: raise ValueError(f"{self.folder} holds no clip of the split {split!r}")
         self.files = [self.folder / shard["file"] for shard in about["shards"]]
         self.ids = tuple(row["id"] for row in self.rows)
-        self.fingerprint = json_digest({"split": split, "mel": about["mel"], "rows": self.rows})[:16]
+        content = {"split": split, "mel": about["mel"], "rows": self.rows}
+        self.fingerprint = json_digest(content)[:16]
         around = _Recordings(_Around(self, "video"), _Around(self, "sound"))
         self.around = around if self.margin else None
         self._read = lru_cache(maxsize=64)(

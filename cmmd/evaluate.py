@@ -1042,7 +1042,8 @@ def _finish(parts: Sequence, results: dict, *, about: str, models: dict, protoco
     found = {k: v for part in parts for k, v in part.warnings.items()}
     if few < 6: found["few clips"] = (f"a test rests on {few} clips that differ; with fewer than 6 "
                                       "Wilcoxon's test cannot reach p < 0.05")
-    return _json({"format": 1, "about": about, "models": models, "protocol": protocol | REPORT_METHOD,
+    return _json({"format": 1, "about": about, "models": models,
+                  "protocol": protocol | REPORT_METHOD,
                   "results": results, "warnings": found, "made_with": made_with})
 
 # %% ../nbs/62_evaluate.ipynb #9832d755
