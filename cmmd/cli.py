@@ -146,6 +146,15 @@ def _step_bar() -> Iterator:  # a solver that reports to a bar on stderr, where 
         yield DDIM(noise_direction="fresh", on_step=on_step)
 
 
+def _pipeline(what: SampleOptions, device: str):
+    "The model with its VAE and vocoder; one whose mels no vocoder here knows is refused at once."
+    from cmmd.pipeline import CMMDPipeline, VocoderError
+    pipe = CMMDPipeline.from_pretrained(what.model, device=device)
+    if pipe._unfit and not (what.vocoder or what.audio):
+        raise VocoderError(f"{pipe._unfit}; --vocoder griffin-lim takes any mel")
+    return pipe
+
+
 @command("sample")
 def _sample(what: SampleOptions, machine: Machine, output: Output) -> None:
     "Put a soundtrack under a video, make a video for a sound, or make both."
@@ -155,8 +164,8 @@ def _sample(what: SampleOptions, machine: Machine, output: Output) -> None:
     vocoder = find_vocoder(what.vocoder, device) if what.vocoder and not what.audio else None
     with _step_bar() as solver:
         made = sample_file(
-            what.out, video=what.video, audio=what.audio, seconds=what.seconds, model=what.model,
-            device=device, overwrite=output.overwrite, solver=solver, seed=what.seed,
+            what.out, video=what.video, audio=what.audio, seconds=what.seconds,
+            model=_pipeline(what, device), overwrite=output.overwrite, solver=solver, seed=what.seed,
             guidance_weight=what.guidance_weight, num_sample_steps=what.steps, vocoder=vocoder)
     typer.echo(made.line())
 
