@@ -165,8 +165,9 @@ def _sample(what: SampleOptions, machine: Machine, output: Output) -> None:
     with _step_bar() as solver:
         made = sample_file(
             what.out, video=what.video, audio=what.audio, seconds=what.seconds,
-            model=_pipeline(what, device), overwrite=output.overwrite, solver=solver, seed=what.seed,
-            guidance_weight=what.guidance_weight, num_sample_steps=what.steps, vocoder=vocoder)
+            model=_pipeline(what, device), overwrite=output.overwrite, solver=solver,
+            seed=what.seed, guidance_weight=what.guidance_weight, num_sample_steps=what.steps,
+            vocoder=vocoder)
     typer.echo(made.line())
 
 # %% ../nbs/80_cli.ipynb #5b84a442
