@@ -887,7 +887,6 @@ def _code_and_lines(error: Exception, name: str) -> tuple[int, str]:
 # %% ../nbs/80_cli.ipynb #8c29b50a
 def main() -> None:
     "The `cmmd` command."
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # idle threads sleep instead of spinning
     if "--debug" not in sys.argv: warnings.filterwarnings("ignore")
     for number in (signal.SIGINT, signal.SIGTERM):          # clean up after both
         if signal.getsignal(number) is not signal.SIG_IGN: signal.signal(number, _stop)
