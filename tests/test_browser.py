@@ -39,7 +39,7 @@ def copy_notebook(folder: Path, whole: bool) -> Path:
         if whole or needed or cell is notebook["cells"][0]:
             kept.append(cell)
     path = folder / "work/70_explore.ipynb"
-    path.parent.mkdir()
+    shutil.copytree(ROOT / "nbs/images", path.parent / "images")
     path.write_text(json.dumps(notebook | {"cells": kept}))
     return path
 
