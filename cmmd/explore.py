@@ -784,6 +784,8 @@ PANEL_STYLE = f"""<style>.cmmd-panel {{ --ink: var(--jp-ui-font-color1, #222);
   .cmmd-title, .widget-html-content {{ color: var(--ink); line-height: 1.5; }}
   .cmmd-error .widget-html-content {{ color: var(--jp-error-color1, #b00020); }}
   .cmmd-live {{ background: #fff; border-radius: 10px; height: auto; }}
+  .widget-html, .widget-html-content {{ min-width: 0; max-width: 100%; flex-shrink: 1; }}
+  .plate {{ box-sizing: border-box; max-width: 100%; }}
   :focus-visible {{ outline: 2px solid var(--jp-brand-color1, #1976d2); outline-offset: 2px; }}
   {PART_STYLE}
   table {{ width: auto; }} .note {{ color: var(--soft); font-size: 13px; }}
