@@ -33,8 +33,10 @@ from cmmd.datasets import (
     prepare,
     put_json,
 )
+from cmmd.evaluate import stored_material
 from cmmd.latents import load_vae
 from cmmd.media import write_clip
+from cmmd.mel import griffin_lim
 from cmmd.pipeline import new_model
 from cmmd.sources import aist_sources, epic_sources, parse_aist
 from cmmd.toy import make_clips
@@ -128,6 +130,16 @@ def test_a_killed_process_costs_nothing_to_those_beside_it(films, data, vae, tmp
     (out / "shard-000001.json").unlink()
     prepare(sources, out, config=PLAN, vae=vae, on_source=lambda *x: seen.append(x))
     assert len(seen) == 1 and shards(out) == shards(data), "only what is missing"
+
+
+def test_the_evaluator_judges_the_test_split_of_a_prepared_folder(films, vae, tmp_path):
+    train_one, *tests = folder_sources(films, test_share=0.0)
+    sources = [train_one, *(replace(s, split="test") for s in tests)]
+    prepare(sources, tmp_path / "data", config=PLAN, vae=vae)
+    judged = stored_material(tmp_path / "data", 100, vae=vae, vocoder=griffin_lim, spec=SPEC)
+    held_out = ShardDataset(tmp_path / "data", "test")
+    assert judged.ids == held_out.ids and train_one.id not in str(judged.ids)
+    assert torch.allclose(judged.mel[0], held_out.tensors(0)["mel"], atol=1e-4)
 
 
 def test_other_settings_or_sources_are_refused_with_the_difference(films, vae, data):
