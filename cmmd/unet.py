@@ -18,9 +18,9 @@ from .core import ClipSpec, check_range, check_shape
 from .fusion import get_fusion
 
 # %% ../nbs/32_unet.ipynb #44143d0c
-# for the toy world, with some minutes of a GPU, or of one CPU core
-SMALL = dict(video_channels=(64, 96), audio_channels=(160, 288), attention_levels=(1,), head_dim=32,
-             time_embed_dim=192, clip=ClipSpec.toy())
+# for the paper's 16x16 latents with hours of a CPU core; for the toy world with minutes of one
+SMALL = dict(video_channels=(32, 64, 128), audio_channels=(160, 224, 288), attention_levels=(1, 2),
+             head_dim=32, time_embed_dim=192)
 TINY = dict(video_channels=(32, 64), audio_channels=(96, 128), attention_levels=(1,), head_dim=32,
             time_embed_dim=96, clip=ClipSpec.toy())
 
@@ -76,7 +76,7 @@ class UNetConfig:
     @classmethod
     def paper(cls, **changes) -> "UNetConfig": return cls(**changes)             # 106M
     @classmethod
-    def small(cls, **changes) -> "UNetConfig": return cls(**(SMALL | changes))   # 9.0M
+    def small(cls, **changes) -> "UNetConfig": return cls(**(SMALL | changes))   # 13.2M
     @classmethod
     def tiny(cls, **changes) -> "UNetConfig": return cls(**(TINY | changes))     # 2.5M
 
