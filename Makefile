@@ -35,8 +35,10 @@ lab: $(VENV)/.installed-dev  ## JupyterLab on the notebooks; saving cleans them
 notebooks: $(VENV)/.installed-dev  ## run all notebooks in place, keep their outputs, export the modules
 	@$(BIN)/python tests/run_notebooks.py $(NB)
 
-bench: $(VENV)/.installed  ## speed of the parts on this machine, into runs/bench.json
-	@$(OFFLINE) $(BIN)/python benchmarks/speed.py --out runs/bench.json
+bench: $(VENV)/.installed  ## speed of network, training and data on this machine, into runs/*.json
+	@$(OFFLINE) $(BIN)/python benchmarks/speed.py --out runs/bench.json $(SPEED_ARGS)
+	@$(OFFLINE) $(BIN)/python benchmarks/train.py --out runs/train.json
+	@$(OFFLINE) $(BIN)/python benchmarks/loader.py --configs tiny,small --out runs/loader.json
 
 env: $(VENV)/.installed  ## only the environment
 env-dev: $(VENV)/.installed-dev  ## only the environment, with the development tools

@@ -52,8 +52,9 @@ class TemporalConv(nn.Conv2d):
     def forward(self,
         video: Tensor,  # (b, f, c, h, w)
     ) -> Tensor:        # the same shape
-        flat = rearrange(video, "b f c h w -> b c f (h w)")
-        return rearrange(super().forward(flat), "b c f (h w) -> b f c h w", w=video.shape[-1])
+        pixels = rearrange(video, "b f c h w -> b f (h w) c")  # two steps keep the batch's stride
+        tall = rearrange(pixels, "b f n c -> b c f n")
+        return rearrange(super().forward(tall), "b c f (h w) -> b f c h w", w=video.shape[-1])
 
 # %% ../nbs/30_blocks.ipynb #9b3ba7e4
 class AudioConv(nn.Conv1d):
@@ -118,7 +119,8 @@ class FrameNorm(nn.Module):
         video: Tensor,  # (b, f, c, h, w)
     ) -> Tensor:        # the same shape
         frames = video.flatten(0, 1)
-        if torch.is_grad_enabled() and not frames.requires_grad:
+        learns = torch.is_grad_enabled() and self.norm.weight.requires_grad
+        if learns and not frames.requires_grad:
             frames = frames.contiguous()  # torch 2.11 (CPU) crashes in that backward pass
         return self.norm(frames).unflatten(0, video.shape[:2])
 
@@ -178,9 +180,11 @@ class ResBlock(nn.Module):
         x: Tensor,     # (b, f, c_in, h, w) or (b, c_in, t)
         time: Tensor,  # (b, time_dim) from `TimeEmbedding`
     ) -> Tensor:       # x's shape, with c_out channels
-        h = self.conv1(F.silu(modulate(self.norm1(x), self.time1(time), self.axes)))
-        h = self.conv2(F.silu(modulate(self.norm2(h), self.time2(time), self.axes)))
-        return self.skip(x) + h
+        reuse = not torch.is_grad_enabled()  # nobody else holds what SiLU gets: overwrite it
+        h = modulate(self.norm1(x), self.time1(time), self.axes)
+        h = self.conv1(F.silu(h, inplace=reuse))
+        h = modulate(self.norm2(h), self.time2(time), self.axes)
+        return self.skip(x) + self.conv2(F.silu(h, inplace=reuse))
 
 # %% ../nbs/30_blocks.ipynb #9737bcbf
 class VideoResBlock(ResBlock):

@@ -4,8 +4,8 @@
 __all__ = ['FORMAT_VERSION', 'FILE_NAME', 'STEP_NAME', 'CheckpointError', 'to_json', 'from_json', 'fsync_path', 'write_file',
            'atomic_folder', 'config_hash', 'make_manifest', 'pack_tensors', 'unpack_tensors', 'save_checkpoint',
            'read_plain_file', 'read_manifest', 'Checkpoint', 'check_expected', 'load_checkpoint', 'list_checkpoints',
-           'find_checkpoint', 'is_complete', 'prune_checkpoints', 'optimizer_tensors', 'load_optimizer', 'RunLock',
-           'config_difference']
+           'find_checkpoint', 'is_complete', 'prune_checkpoints', 'optimizer_tensors', 'check_optimizer',
+           'load_optimizer', 'RunLock', 'config_difference']
 
 # %% ../nbs/43_checkpoint.ipynb #69d4ea93
 import errno
@@ -21,7 +21,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +85,19 @@ def write_file(
                               f"{e.strerror or e}") from None
 
 # %% ../nbs/43_checkpoint.ipynb #738600d1
+def _left_behind(path: Path, kind: str) -> list[Path]:
+    "Temporary folders of earlier attempts at this path whose process is gone."
+    def gone(pid: int) -> bool:
+        if pid == os.getpid(): return True
+        try: os.kill(pid, 0)                      # sends nothing
+        except ProcessLookupError: return True
+        except OSError: pass                      # somebody else's, alive
+        return False
+    form = re.compile(re.escape(f"{path.name}.{kind}-") + r"(\d{1,9})-[0-9a-f]{8}")
+    names = ((p, form.fullmatch(p.name)) for p in path.parent.iterdir())
+    return [p for p, match in names if match and gone(int(match[1]))]
+
+
 @contextmanager
 def atomic_folder(
     path: str|Path,   # the folder to create or replace
@@ -95,6 +108,7 @@ def atomic_folder(
     tmp, old = (path.with_name(f"{path.name}.{kind}-{tag}") for kind in ("tmp", "old"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in _left_behind(path, "tmp"): shutil.rmtree(left, ignore_errors=True)
         tmp.mkdir()
         yield tmp
         for entry in [*tmp.rglob("*"), tmp]: fsync_path(entry)
@@ -107,7 +121,7 @@ def atomic_folder(
         if isinstance(e, OSError):
             raise CheckpointError(f"cannot save {path}: {e.strerror or e}") from None
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    for left in {old, *_left_behind(path, "old")}: shutil.rmtree(left, ignore_errors=True)
 
 # %% ../nbs/43_checkpoint.ipynb #aaa30926
 FORMAT_VERSION = 1
@@ -267,10 +281,19 @@ def check_expected(
                 f"expected {tensor.dtype} {tuple(tensor.shape)}")
 
 # %% ../nbs/43_checkpoint.ipynb #0461daf3
+def _apply(check: Callable, saved: Checkpoint) -> None:
+    "Run the caller's own check; whatever it stumbles over is named like any other damage."
+    try: check(saved)
+    except CheckpointError as e: raise CheckpointError(f"{saved.path}: {e}") from None
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise CheckpointError(f"{saved.path}: what it holds does not fit: {e!r}") from None
+
+
 def load_checkpoint(
     path: str|Path,  # a checkpoint's folder
     *,
     expect: Mapping[str, Mapping[str, Tensor]]|None=None,  # e.g. {"model": model.state_dict()}
+    check: Callable|None=None,  # function of the Checkpoint that raises where it does not fit
 ) -> Checkpoint:
     "A checkpoint after every check: sizes, hashes, finite values, names and shapes."
     path = Path(path)
@@ -288,7 +311,9 @@ def load_checkpoint(
     for group, wanted in (expect or {}).items():
         if group not in tensors: raise CheckpointError(f"{path}: has no {group}.safetensors")
         check_expected(path / f"{group}.safetensors", got=tensors[group], wanted=wanted)
-    return Checkpoint(manifest["step"], tensors, state, config, path)
+    saved = Checkpoint(manifest["step"], tensors, state, config, path)
+    if check: _apply(check, saved)
+    return saved
 
 # %% ../nbs/43_checkpoint.ipynb #3970156f
 def list_checkpoints(
@@ -306,13 +331,14 @@ def find_checkpoint(
     run_dir: str|Path,   # the run's folder
     *,
     expect: Mapping[str, Mapping[str, Tensor]]|None=None,  # as in `load_checkpoint`
+    check: Callable|None=None,       # as in `load_checkpoint`
     on_warning: Callable|None=None,  # function of one line; default: print it to stderr
 ) -> Checkpoint|None:    # None only where the run has no checkpoint at all
     "The newest good checkpoint, one line per damaged one; an error where all are damaged."
     warn = on_warning or (lambda line: print(line, file=sys.stderr))
     paths = list_checkpoints(run_dir)
     for path in paths:
-        try: return load_checkpoint(path, expect=expect)
+        try: return load_checkpoint(path, expect=expect, check=check)
         except CheckpointError as e: warn(f"damaged checkpoint passed over: {e}")
     if paths:
         raise CheckpointError(f"none of the {len(paths)} checkpoints in {run_dir} can be read; "
@@ -360,15 +386,17 @@ def optimizer_tensors(
             (tensors if isinstance(value, Tensor) else other)[f"{index}.{name}"] = value
     return tensors, {"param_groups": full["param_groups"], "other": other}
 
-
-def load_optimizer(
+# %% ../nbs/43_checkpoint.ipynb #76750251
+def check_optimizer(
     optimizer: torch.optim.Optimizer,  # built like the saved one
     tensors: Mapping[str, Tensor],     # from `optimizer_tensors`
     *,
     state: Mapping,                    # from `optimizer_tensors`, perhaps through JSON
 ) -> None:
-    "Put a saved state into an optimizer of the same kind over the same parameters."
-    params, values = [p for g in optimizer.param_groups for p in g["params"]], {}
+    "Raise unless a saved state fits this optimizer: parameters, names, shapes, groups."
+    params, found = [p for g in optimizer.param_groups for p in g["params"]], {}
+    if not {"param_groups", "other"} <= state.keys():
+        raise CheckpointError("optimizer state has no param_groups or other")
     for key, value in {**tensors, **state["other"]}.items():
         index, _, name = key.partition(".")
         if not index.isdecimal() or int(index) >= len(params):
@@ -377,6 +405,28 @@ def load_optimizer(
         if isinstance(value, Tensor) and value.ndim and value.shape != shape:
             raise CheckpointError(f"optimizer state {key!r} has shape {tuple(value.shape)}, "
                                   f"its parameter {tuple(shape)}")
+        found.setdefault(index, set()).add(name)
+    names = set().union(*found.values())
+    lost = sorted(f"{i}.{n}" for i, own in found.items() for n in names - own)
+    if lost: raise CheckpointError(f"optimizer state {lost[0]!r} is missing")
+    sizes = [[len(g["params"]) for g in groups]
+             for groups in (state["param_groups"], optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(f"optimizer state does not fit: groups of {sizes[0]} parameters, "
+                              f"expected {sizes[1]}")
+
+# %% ../nbs/43_checkpoint.ipynb #749bd899
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,  # built like the saved one
+    tensors: Mapping[str, Tensor],     # from `optimizer_tensors`
+    *,
+    state: Mapping,                    # from `optimizer_tensors`, perhaps through JSON
+) -> None:
+    "Put a saved state into an optimizer of the same kind over the same parameters."
+    check_optimizer(optimizer, tensors, state=state)
+    values = {}
+    for key, value in {**tensors, **state["other"]}.items():
+        index, _, name = key.partition(".")
         values.setdefault(int(index), {})[name] = value
     groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()}
               for g in state["param_groups"]]
@@ -401,9 +451,10 @@ class RunLock:
             os.close(fd)
             raise CheckpointError(f"{self.path.parent} is in use by {holder}; wait for it, "
                                   "stop it, or choose another folder") from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         self.fd = fd
+        os.ftruncate(fd, 0)
+        with suppress(OSError):  # a full disk: the lock holds, only its holder has no name
+            os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         return self
 
     @staticmethod

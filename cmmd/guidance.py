@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['NOISE_DIRECTIONS', 'sampling_steps', 'predict', 'guidance_gradient', 'guided_predict', 'Sampler', 'DDIM', 'Generated',
-           'generate']
+           'generate', 'step_amplitudes', 'guided_step']
 
 # %% ../nbs/50_guidance.ipynb #88a3dde7
 from collections.abc import Callable
@@ -15,8 +15,7 @@ from torch import Tensor
 from .core import check_choice, check_finite, check_range, check_shape
 from .ddim import ddim_step_from, ddim_timesteps, step_levels
 from .joint import model_noise_levels
-from .schedule import add_noise
-from .velocity import velocity_to_noise, velocity_to_x0
+from .schedule import add_noise, signal_noise_levels
 
 # %% ../nbs/50_guidance.ipynb #cfb3998b
 def sampling_steps(
@@ -32,16 +31,23 @@ def sampling_steps(
     return list(zip(times.tolist(), before, after))
 
 # %% ../nbs/50_guidance.ipynb #f1b30910
+def _amplitudes(alpha_bar: Tensor|tuple, like: Tensor) -> tuple[Tensor, Tensor]:
+    "sqrt(ab) and sqrt(1 - ab), unless they are what was given."
+    return alpha_bar if isinstance(alpha_bar, tuple) else signal_noise_levels(alpha_bar, like)
+
+
 def predict(
     model: Callable,                     # (video_z, audio_z, t) -> (video_velocity, audio_velocity)
     z: tuple[Tensor, Tensor],            # the noisy streams: video (b, f, c, h, w), audio (b, c, t)
-    t: int,                              # n
-    alpha_bars: tuple[Tensor, Tensor],   # of the two streams at n, each ()
+    t: int|Tensor,                       # n, or int64 (b,)
+    alpha_bars: tuple[Tensor|tuple, Tensor|tuple],  # of the two streams at n, each () or the pair
+                                                    # of its amplitudes, each ()
 ) -> tuple[list[Tensor], list[Tensor]]:  # x0-estimates; eps-estimates, each [video, audio]
-    "Both streams' x0- and eps-estimates from one evaluation of the network."
-    velocities = model(*z, torch.full((len(z[0]),), t, device=z[0].device))
-    pairs = list(zip(z, velocities, alpha_bars))
-    return [velocity_to_x0(*p) for p in pairs], [velocity_to_noise(*p) for p in pairs]
+    "Both streams' x0- and eps-estimates from one evaluation of the network (notebook 11's turn)."
+    n = t if isinstance(t, Tensor) else torch.full((len(z[0]),), t, device=z[0].device)
+    both = [(x, v, *_amplitudes(ab, x)) for x, v, ab in zip(z, model(*z, n), alpha_bars)]
+    x0 = [signal * x - noise * v for x, v, signal, noise in both]
+    return x0, [noise * x + signal * v for x, v, signal, noise in both]
 
 # %% ../nbs/50_guidance.ipynb #27cd3853
 def guidance_gradient(
@@ -56,9 +62,9 @@ def guidance_gradient(
 def guided_predict(
     model: Callable,             # (video_z, audio_z, t) -> (video_velocity, audio_velocity)
     z: tuple[Tensor, Tensor],    # the two noisy streams
-    t: int,                      # n
+    t: int|Tensor,               # n, or int64 (b,)
     *,
-    alpha_bars: tuple[Tensor, Tensor],   # of the two streams at n, each ()
+    alpha_bars: tuple[Tensor|tuple, Tensor|tuple],  # as of `predict`
     target: int,                         # the stream that is generated: 0 video, 1 audio
     condition: Tensor,                   # the clean other stream
     guidance_weight: float,              # lambda > 0
@@ -73,7 +79,7 @@ def guided_predict(
     if normalised:
         size = gradient.square().flatten(1).mean(1).sqrt().clamp(min=1e-12)
         gradient = gradient / size.view(-1, *[1] * (gradient.dim() - 1))
-    amplitude = alpha_bars[target].sqrt().to(gradient.dtype)
+    amplitude, _ = _amplitudes(alpha_bars[target], gradient)
     x0[target] = x0[target] - guidance_weight * amplitude * gradient
     return x0, eps
 
@@ -221,3 +227,34 @@ def generate(
             z[s] = advance(i, s, z=z[s], x0=check_finite(name, x0[s]), eps=eps[s])
         if solver.on_step: solver.on_step(i, len(steps), x0[0], x0[1])
     return Generated(*(z[s] if target in (None, s) else condition for s in (0, 1)))
+
+# %% ../nbs/50_guidance.ipynb #7c27a9a2
+def step_amplitudes(
+    steps: list,   # of `sampling_steps`
+    like: Tensor,  # whose device and dtype the answer has
+) -> Tensor:       # (S, 2, 2, 2): step; before, after; video, audio; sqrt(ab), sqrt(1 - ab)
+    "The amplitudes of signal and noise of all steps, in one tensor beside the streams."
+    alpha_bars = torch.stack([torch.stack(ends) for _, *ends in steps])
+    return torch.stack([alpha_bars.sqrt(), (1 - alpha_bars).sqrt()], -1).to(like)
+
+
+def guided_step(
+    model: Callable,         # (video_z, audio_z, t) -> (video_velocity, audio_velocity)
+    z: Tensor,               # (b, ...) the noisy stream that is generated
+    t: Tensor,               # int64 (b,), n
+    *,
+    levels: Tensor,          # (2, 2, 2), one step of `step_amplitudes`
+    target: int,             # which stream z is: 0 video, 1 audio
+    condition: Tensor,       # the clean other stream
+    noise: Tensor,           # the condition's, one for all steps (Eq. 5)
+    guidance_weight: float,  # lambda > 0
+) -> Tensor:                 # like z, after the step
+    "A guided DDIM step of which the host reads nothing and draws nothing: a GPU can record it."
+    before, after = ([stream.unbind() for stream in end] for end in levels)
+    signal, share = before[1 - target]
+    known = signal * condition + share * noise
+    both = (z, known) if target == 0 else (known, z)
+    x0, eps = guided_predict(model, both, t, alpha_bars=before, target=target,
+                             condition=condition, guidance_weight=guidance_weight)
+    signal, share = after[target]
+    return signal * x0[target] + share * eps[target]

@@ -236,6 +236,7 @@ def make_negatives(
     plans = _check_plans(plans, len(index))
     side, dim = (0, 1) if modality == "video" else (1, -1)
     others = _check_places("plans' other", [p.other for p in plans], len(dataset))
+    others = [own if p.kind == "shift" else o for own, p, o in zip(index, plans, others)]
     own, other = dataset.batch(index)[side], dataset.batch(others)[side]
     by = torch.tensor([p.by for p in plans])
     shifted = shifted_video(dataset, index, by) if side == 0 else \

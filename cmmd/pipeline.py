@@ -2,12 +2,12 @@
 
 # %% auto #0
 __all__ = ['MIN_FRAMES', 'COMPONENTS', 'CARD_SECTIONS', 'MIN_SIDE', 'WRITERS', 'ModelError', 'shipped_models', 'class_name',
-           'find_model', 'load_model', 'new_model', 'load_start', 'join_frames', 'WindowedModel', 'Sampling',
-           'stretches', 'find_vocoder', 'fit_vocoder', 'hold_last', 'mel_to_waveform', 'generate_long',
+           'find_model', 'load_model', 'new_model', 'load_start', 'same_vae', 'join_frames', 'WindowedModel',
+           'Sampling', 'stretches', 'find_vocoder', 'fit_vocoder', 'hold_last', 'mel_to_waveform', 'generate_long',
            'generate_clips', 'frames_of', 'soundtrack_mel', 'soundtrack', 'picture', 'both', 'read_index',
            'load_components', 'find_pipeline', 'model_card', 'check_request', 'CMMDPipelineOutput', 'CMMDPipeline',
            'check_out_file', 'check_out_folder', 'read_input', 'enlarge', 'Sampled', 'sample_file', 'mel_pieces',
-           'sound_pieces', 'Vocoded', 'vocode_file']
+           'sound_pieces', 'Vocoded', 'vocode_file', 'show_samples']
 
 # %% ../nbs/52_pipeline.ipynb #449287e0
 import json
@@ -25,6 +25,7 @@ from itertools import count, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -48,6 +49,7 @@ from .mel import denormalise_mel, griffin_lim, log_mel, normalise_mel
 from .melgan import MelGANGenerator, Vocoder, VocoderError, load_vocoder
 from .soundbank import read_sound
 from .unet import CMMDUNet, UNetConfig
+from .viz import compare_figure
 
 # %% ../nbs/52_pipeline.ipynb #514920d3
 class ModelError(ValueError):
@@ -161,6 +163,17 @@ def load_start(
     model = CMMDUNet(UNetConfig.from_dict(sizes))
     model.load_state_dict(found.tensors["ema"])
     return model
+
+# %% ../nbs/52_pipeline.ipynb #5ded66ac
+def same_vae(
+    one: str|Path,    # as in `load_vae`
+    other: str|Path,  # as in `load_vae`
+) -> bool:
+    "Whether two names stand for the same autoencoder."
+    def place(name):
+        folder = data_path("weights", "tiny-vae") if str(name) == "tiny" else Path(name)
+        return str(folder.resolve() if folder.is_dir() else name)
+    return place(one) == place(other)
 
 # %% ../nbs/52_pipeline.ipynb #ba34aab1
 def join_frames(
@@ -774,7 +787,7 @@ class _Parts(_ToHub):
     def speaker(self) -> Callable:
         "The vocoder as a function of a log-mel; Griffin-Lim where there is none."
         if self.vocoder is not None: return _speaker(self.vocoder)
-        if self._unfit: warnings.warn(f"{self._unfit}: Griffin-Lim makes the sound", stacklevel=2)
+        if self.unfit: warnings.warn(f"{self.unfit}: Griffin-Lim makes the sound", stacklevel=2)
         return griffin_lim
 
     @contextmanager
@@ -848,7 +861,7 @@ class CMMDPipeline(_Parts):
         super().__init__()
         _check_kind("model", model)
         vae = vae or _shipped_vae(model)
-        vocoder, self._unfit = (vocoder, "") if vocoder else _shipped_generator(model)
+        vocoder, self.unfit = (vocoder, "") if vocoder else _shipped_generator(model)
         _fits(model, vae, vocoder)
         self.register_modules(model=model, vae=vae, vocoder=vocoder)
 
@@ -1122,3 +1135,41 @@ def vocode_file(
     del given
     write_wav(out, made[:n], spec=spec, overwrite=overwrite)
     return Vocoded(Path(out), n / spec.sample_rate, distance, seconds)
+
+# %% ../nbs/52_pipeline.ipynb #f07df29b
+def show_samples(
+    held_out: Any,                 # clips that are not trained on: `batch`, mel_mean, mel_std (24)
+    vae: nn.Module,                # of their latents
+    *,
+    n: int=2,                      # clips, each in both directions
+    sampling: Sampling=Sampling(num_sample_steps=10),  # how
+) -> Callable:                     # (model, board, step) for `train`
+    "Held-out clips as a model answers them, for TensorBoard: film strips, spectrograms, sounds."
+    video, audio = held_out.batch(range(min(_whole("n", n, 1, 64), len(held_out))))
+    films = decode_video(vae, video.to(vae.device)).cpu()
+    def draw(i): return make_generator(sampling.seed, "show", i)
+
+    @torch.no_grad()
+    def show(model: nn.Module, board: Any, step: int) -> None:
+        clip, device = model.config.clip, next(model.parameters()).device
+        def decades(x): return denormalise_mel(x.cpu().float(), held_out.mel_mean, held_out.mel_std)
+        ask = partial(generate_long, model, sampling=sampling, draw=draw)
+        with torch.autocast(device.type, enabled=False):
+            heard = decades(ask(video=video.to(device)).audio)
+            seen = decode_video(vae, ask(audio=audio.to(device)).video.to(vae.device)).cpu()
+        for k, (film, true, sound, made) in enumerate(zip(films, decades(audio), heard, seen)):
+            rows = [("held out: its film and its sound", film, true, None),
+                    ("a sound for this film", None, sound, None),
+                    ("a film for this sound", made, None, None)]
+            board.add_figure(f"held_out/{k}", compare_figure(rows, spec=clip), step, close=False)
+            for name, mel in (("true", true), ("for_the_film", sound)):
+                wave = mel_to_waveform(mel, clip.n_samples, clip=clip, seed=sampling.seed,
+                                       vocoder=_some_vocoder(sampling.vocoder, clip))
+                board.add_audio(f"held_out/{k}/{name}", wave[None], step, clip.sample_rate)
+    return show
+
+
+def _some_vocoder(vocoder: Callable|None, clip: ClipSpec) -> Callable:
+    "The one that was asked for, the shipped one, or Griffin-Lim where that one does not fit."
+    try: return fit_vocoder(vocoder, clip)
+    except VocoderError: return griffin_lim

@@ -24,6 +24,7 @@ from .melgan import lsgan_discriminator_loss, lsgan_generator_loss, match_mel, m
 from .melgan import random_biquad, speak, stft_pairs
 from .soundbank import SoundBank
 from .train import RunConfig, StepData, Trainer, TrainResult, clip_index, run_training
+from .train import unscale_gradients
 
 # %% ../nbs/45_vocoder.ipynb #243be59e
 @dataclass(frozen=True)
@@ -256,6 +257,7 @@ def vocoder_gradients(
         parts.append(torch.stack([*losses.values(), *judged.values()]).detach())
     names = ["loss", *(f"loss_{n}" for n in (*list(losses)[1:], *judged))]
     means = a.reduce(torch.stack(parts).float().mean(0), "mean")
+    unscale_gradients(trainer)
     norms = {"grad_norm": nn.utils.clip_grad_norm_(trainer.params, c.max_grad_norm)}
     if joined:
         norms["grad_norm_discriminator"] = nn.utils.clip_grad_norm_(trainer.judge_params,
@@ -302,6 +304,7 @@ def magnitude_gradients(
             ours, theirs = ((bank @ x).clamp(min=spec.mel_floor).log10() for x in (made, true))
             parts.append(torch.stack([loss + fine + heard, (ours - theirs).abs().mean()]))
     means = a.reduce(torch.stack(parts).float().mean(0), "mean")
+    unscale_gradients(trainer)
     norm = nn.utils.clip_grad_norm_(trainer.params, trainer.config.max_grad_norm)
     values = torch.cat([means, norm.float().reshape(1).to(means.device)]).tolist()
     return dict(zip(("loss", "loss_mel", "grad_norm"), values))

@@ -9,8 +9,8 @@ def weights(*models):
 
 
 def lines(history):
-    "The log without the speed, which no two runs share."
-    return [{k: v for k, v in m.items() if k != "clips_per_s"} for m in history]
+    "The log without speed and memory, which no two runs share."
+    return [{k: v for k, v in m.items() if k not in ("clips_per_s", "memory")} for m in history]
 
 
 def same(a, b):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,12 +13,20 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file
 
 from cmmd import cli
+from cmmd.contrastive import ContrastiveConfig
 from cmmd.core import ClipSpec, make_generator, pick_device
+from cmmd.datasets import get_json, open_dataset, put_json, toy_dataset
+from cmmd.latents import load_vae
 from cmmd.media import write_clip, write_wav
 from cmmd.melgan import MelGANGenerator
-from cmmd.pipeline import new_model
+from cmmd.pipeline import load_model, new_model
+from cmmd.recipes import load_recipe, recipe_names
+from cmmd.scale import forward_flops
+from cmmd.toy import make_clips
+from cmmd.train import TrainConfig, joint_loss_fn
 from cmmd.unet import UNetConfig
 from cmmd.vocoder import VocoderConfig, new_vocoder
 
@@ -647,6 +657,310 @@ def test_unforeseen_errors_are_named():
     )
     assert len(cli.error_lines(ValueError("a\nb\nc\nd\ne")).splitlines()) == 3
     assert cli.error_lines(RuntimeError()) == "RuntimeError"
+
+
+# ---- recipes, plans, launches
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    "A folder from `cmmd prepare`: two films, one of them for the test split."
+    folder = tmp_path_factory.mktemp("prepared")
+    long = ClipSpec.toy(n_frames=35)
+    films = make_clips(2, spec=long, seed=1)
+    for name, video, wave in zip(("train", "test"), films.video, films.waveform):
+        (folder / "films" / name).mkdir(parents=True)
+        write_clip(folder / "films" / name / "film.mp4", video, wave, spec=long)
+    given = ["--out", folder / "data", "--config", "tiny", "--stride", "3", "--device", "cpu"]
+    assert cli.run(list(map(str, ["prepare", folder / "films", *given]))) == 0
+    return folder / "data"
+
+
+def contents(folder: Path) -> dict:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+FEW = "--n-clips 16 --batch-size 2 --device cpu --n-show 0".split()
+
+
+def caught_train(monkeypatch) -> dict:
+    "What the trainer is given; it does nothing."
+    got = {}
+
+    def train(model, data, **settings):
+        got.update(settings, model=model, data=data)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cmmd.train.train", train)
+    return got
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--set", "stesp=7"), ("--set stesp=7", "train.steps")),
+        (("--set", "learning_rat=7"), ("train.learning_rate",)),
+        (("--set", "steps"), ("KEY=VALUE",)),
+        (("--set", "steps=many"), ("train.steps", "whole number", "many")),
+        (("--set", "n_mels=64"), ("model.n_mels", "model.clip.n_mels")),
+        (("--set", "mel_mean=0"), ("mel_mean", "data")),
+        (("--set", "steps=7", "--steps", "8"), ("train.steps", "--steps")),
+        (("--set", "train.steps=7", "--set", "steps=7"), ("train.steps", "--set")),
+        (("--set", "weight=0.1", "--contrast-weight", "0.1"), ("--contrast-weight",)),
+        (("--set", "compile=false", "--compile"), ("train.compile", "--compile")),
+        (("--set", "n_blocks=1000000"), ("n_blocks", "64")),
+        (("--set", "schedule=linear"), ("schedule", "cosine")),
+        (("--negatives", "swap"), ("contrastive.negatives", "weight")),
+        (("--config", "papers"), ("papers", "'paper'")),
+        (("--config", "gone.toml"), ("gone.toml",)),
+        (("--config", "."), (".toml",)),
+        (("--config", "typo.toml"), ("learning_rat", "train.learning_rate")),
+        (("--mixed-precision", "fp8"), ("mixed_precision", "fp8", "bf16")),
+        (("--gradient-accumulation", "0"), ("--gradient-accumulation",)),
+        (("--num-workers", "-1"), ("--num-workers",)),
+        (("--n-show", "-1"), ("--n-show",)),
+        (("--learning-rate", "nan"), ("learning",)),
+        (("--plan", "--data", "gone.safetensors"), ("gone.safetensors",)),
+        (("--plan", "--set", "stesp=7"), ("train.steps",)),
+    ],
+    ids=lambda a: " ".join(a)[:40],
+)
+def test_wrong_recipes_are_2(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "typo.toml").write_text("[train]\nlearning_rat = 1e-3\n")
+    err = check_error(capsys, 2, "train", "--out", "r", *arguments)
+    assert [w for w in words if w not in err] == []
+    assert [p.name for p in tmp_path.iterdir()] == ["typo.toml"]
+
+
+def test_the_documented_command_of_the_shipped_model(tmp_path, monkeypatch, capsys):
+    "The options of data/weights/toy-bounce/README.md mean what they meant."
+    got = caught_train(monkeypatch)
+    given = "--config tiny --data toy:bounce --n-clips 16 --vae tiny --steps 9000 --seed 1"
+    out = tmp_path / "a"
+    assert run(capsys, "train", *given.split(), "--threads", "1", "--out", out)[0] == 130
+    assert got["config"] == TrainConfig.tiny(steps=9000, seed=1, progress=True)
+    data = toy_dataset(16, load_vae("tiny"), seed=1)
+    assert got["data"].fingerprint == data.fingerprint and got["loss_fn"] is joint_loss_fn
+    sizes = UNetConfig.tiny(vae="tiny", mel_mean=data.mel_mean, mel_std=data.mel_std)
+    wanted, made = new_model(sizes, seed=1), got["model"]
+    assert made.config == sizes
+    assert all(map(torch.equal, wanted.state_dict().values(), made.state_dict().values()))
+
+
+def test_options_and_set_reach_the_training(tmp_path, monkeypatch, capsys):
+    got = caught_train(monkeypatch)
+    given = (
+        "--config paper-cmmd --set n_blocks=1 --set video_channels=[32,64] --set head_dim=32 "
+        "--set audio_channels=[96,128] --set attention_levels=[1] --set frame_size=64 "
+        "--set time_embed_dim=32 --steps 400001 --seed 4 --mixed-precision no --compile "
+        "--gradient-accumulation 2 --gradient-checkpointing --num-workers 1 --negatives mixture"
+    )
+    out = tmp_path / "r"
+    assert run(capsys, "train", "--out", out, *given.split(), "--n-clips", "4")[0] == 130
+    changes = dict(mixed_precision="no", compile=True, gradient_accumulation=2, num_workers=1)
+    assert got["config"] == TrainConfig.paper_contrastive(
+        steps=400_001, seed=4, gradient_checkpointing=True, progress=True, **changes
+    )
+    term = got["loss_fn"].config
+    assert term == ContrastiveConfig(5e-5, "mixture") and got["data"].margin == 4
+    config = got["model"].config
+    assert config.n_blocks == 1 and config.clip == ClipSpec.toy() and config.vae == "tiny"
+    assert len(got["held_out"]) == 2 and not set(got["held_out"].ids) & set(got["data"].ids)
+    assert (got["held_out"].mel_mean, got["held_out"].mel_std) == (config.mel_mean, config.mel_std)
+    assert callable(got["show"]) and not out.exists()
+
+
+def test_a_weight_of_0_takes_the_contrastive_term_off(tmp_path, monkeypatch, capsys):
+    got = caught_train(monkeypatch)
+    small = "--set video_channels=[32] --set audio_channels=[80] --set attention_levels=[0]"
+    given = f"--config paper-cmmd --contrast-weight 0 --negatives swap {small} --set head_dim=16"
+    out = ("--out", tmp_path / "r", "--n-clips", "2")
+    assert run(capsys, "train", *out, *given.split())[0] == 130
+    assert got["loss_fn"] is joint_loss_fn
+
+
+def test_plan_needs_no_data_and_writes_nothing(prepared, untrained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = contents(prepared)
+    lines = {}
+    for name, given in {
+        "none": (),
+        "toy": ("--data", "toy:dance", "--n-clips", "500"),
+        "prepared": ("--data", prepared),
+        "start": ("--start", untrained),
+        "set": ("--set", "n_blocks=1", "--contrast-weight", "0.1", "--out", "r"),
+    }.items():
+        code, out, err = run(capsys, "train", "--plan", "--device", "cpu", *given)
+        assert code == 0 and err == "" and "parameters" in out and "memory" in out and "step" in out
+        lines[name] = out.splitlines()
+    assert lines["none"][0].startswith("recipe      tiny, hash ")
+    assert "2.52 M" in lines["none"][1] and lines["set"][1] != lines["none"][1]
+    assert list(tmp_path.iterdir()) == [] and contents(prepared) == before
+
+
+def test_a_run_keeps_its_recipe_and_resumes_only_with_it(tmp_path, capsys):
+    out = tmp_path / "run"
+    line = ("train", "--out", out, *FEW, "--set", "ema_decay=0.9", "--steps", "2")
+    assert run(capsys, *line)[0] == 0
+    kept = load_recipe(out / "recipe.toml")
+    assert (
+        kept.train
+        == load_recipe("tiny", changes=["steps=2", "batch_size=2", "ema_decay=0.9"]).train
+    )
+    metrics = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {"held_out_video", "gap_audio"} <= set(metrics[-1])
+    for change, word in (
+        (("--set", "ema_decay=0.8"), "train.ema_decay: 0.9 there, 0.8 here"),
+        (("--set", "ema_decay=0.9", "--seed", "1"), "train.seed: 0 there, 1 here"),
+        (("--set", "ema_decay=0.9", "--set", "n_blocks=1"), "n_blocks"),
+        (("--set", "ema_decay=0.9", "--contrast-weight", "0.1"), "loss"),
+    ):
+        given = ("train", "--out", out, *FEW, "--steps", "2", "--resume", *change)
+        code, _, err = run(capsys, *given)
+        assert code == 1 and word in err and len(err.splitlines()) <= 3, err
+    assert run(capsys, *line, "--resume", "--save-every", "7")[0] == 0
+    again = tmp_path / "again"
+    assert (
+        run(capsys, "train", "--config", out / "recipe.toml", *FEW[:2], *FEW[4:], "--out", again)[0]
+        == 0
+    )
+    runs = [load_file(x / "model" / "diffusion_pytorch_model.safetensors") for x in (out, again)]
+    assert all(torch.equal(x, runs[1][name]) for name, x in runs[0].items())
+
+
+def test_pictures_and_sounds_of_held_out_clips(prepared, tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    given = "--batch-size 2 --steps 1 --n-show 1 --device cpu".split()
+    code, _, err = run(capsys, "train", "--out", out, "--data", prepared, *given)
+    assert code == 0 and "no pictures" not in err, err
+    board = EventAccumulator(str(out / "tensorboard"))
+    tags = board.Reload().Tags()
+    assert "held_out/0" in tags["images"]
+    assert {"held_out/0/true", "held_out/0/for_the_film"} <= set(tags["audio"])
+
+
+def test_data_of_another_vae_are_refused_by_name(prepared, untrained, tmp_path, capsys):
+    other = tmp_path / "other"
+    new_model(UNetConfig.tiny(vae="taesd")).save_pretrained(other)
+    out = ("--out", tmp_path / "run", "--device", "cpu")
+    for given in (
+        ("train", *out, "--data", prepared, "--vae", "taesd"),
+        ("train", *out, "--data", prepared, "--set", "model.vae=taesd"),
+        ("train", *out, "--data", prepared, "--start", same_mels(other, prepared)),
+        ("train", *out, "--vae", "tiny", "--start", other, "--n-clips", "2"),
+        ("evaluate", *out, "--model", other, "--data", prepared),
+        ("evaluate", *out, "--model", untrained, "--model", other, "--train-data", prepared),
+    ):
+        err = check_error(capsys, 1, *given)
+        assert "'tiny'" in err and "'taesd'" in err and "VAE" in err
+    assert not (tmp_path / "run").exists()
+
+
+def same_mels(folder: Path, prepared: Path) -> Path:
+    "The model with the data's normalisation, so that only the VAE differs."
+    data, config = open_dataset(prepared), json.loads((folder / "config.json").read_text())
+    changed = config | {"mel_mean": data.mel_mean, "mel_std": data.mel_std}
+    (folder / "config.json").write_text(json.dumps(changed))
+    return folder
+
+
+def test_a_resumed_run_refuses_the_clips_of_another_vae(prepared, tmp_path, capsys):
+    out, given = tmp_path / "run", "--batch-size 2 --steps 1 --n-show 0 --device cpu".split()
+    assert run(capsys, "train", "--out", out, "--data", prepared, *given)[0] == 0
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    about = get_json(copy / "index.json")
+    about["config"]["vae"] = "taesd"
+    put_json(copy / "index.json", about)
+    code, _, err = run(capsys, "train", "--out", out, "--data", copy, "--resume", *given)
+    assert code == 1 and "model.vae: 'tiny' there, 'taesd' here" in err
+
+
+def test_a_started_network_cannot_be_reshaped(untrained, prepared, tmp_path, capsys):
+    out = ("train", "--out", tmp_path / "r", "--n-clips", "2", "--device", "cpu")
+    err = check_error(capsys, 1, *out, "--start", untrained, "--set", "n_blocks=1")
+    assert "model.n_blocks" in err and "--start" in err
+    err = check_error(capsys, 1, *out, "--data", prepared, "--set", "frame_size=128")
+    assert "model.clip.frame_size" in err and "prepared" in err
+
+
+def test_info_lists_all_recipes(capsys):
+    lines = run(capsys, "info")[1].splitlines()
+    assert tuple(line.split()[0] for line in lines[:4]) == recipe_names()
+    assert "400,000 to 700,000 of 2 clips, eta 5e-05" in lines[3]
+
+
+def test_info_counts_the_work(untrained, capsys):
+    work = f"{forward_flops(load_model(untrained)) / 1e12:.4f} TFLOP"
+    assert work in run(capsys, "info", "--model", untrained, "--flops")[1]
+    assert work in run(capsys, "info", "--flops")[1].splitlines()[0], "the same network"
+
+
+def test_one_of_several_processes(tmp_path, monkeypatch, capsys):
+    "Only the first speaks of wrong use; each takes its own GPU."
+    monkeypatch.setenv("RANK", "1")
+    assert run(capsys, "train", "--out", tmp_path / "r", "--set", "stesp=7") == (2, "", "")
+    code, out, err = run(capsys, "train", "--plan", "--device", "cpu")
+    assert (code, out, err) == (0, "", "")
+    code, _, err = run(capsys, "sample", "--out", tmp_path / "no" / "x.mp4")
+    assert code == 1 and "no" in err, "what only one process meets is said by it"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr("cmmd.core.pick_device", lambda name: torch.device("cuda"))
+    assert cli.Machine().ready() == "cuda:3"
+
+
+def launched(folder, *arguments, timeout=200) -> subprocess.CompletedProcess:
+    "The command line in two processes."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    return subprocess.run(
+        [*launch, "-m", "cmmd.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+def test_accelerate_launch(tmp_path, capsys):
+    "Two processes train what one does in two pieces; each line is printed once."
+    given = "--n-clips 8 --batch-size 2 --steps 2 --device cpu --n-show 0".split()
+    done = launched(tmp_path, "train", "--out", "two", *given)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("two/model: 2 steps") == 1
+    one = ("train", "--out", tmp_path / "one", *given, "--gradient-accumulation", "2")
+    assert run(capsys, *one)[0] == 0
+    runs = [
+        load_file(tmp_path / x / "model" / "diffusion_pytorch_model.safetensors")
+        for x in ("one", "two")
+    ]
+    assert max(float((x - runs[1][name]).abs().max()) for name, x in runs[0].items()) < 1e-6
+
+
+@pytest.mark.slow
+def test_accelerate_launch_with_a_typo(tmp_path):
+    done = launched(tmp_path, "train", "--out", "r", "--set", "stesp=7")
+    assert done.returncode != 0 and done.stderr.count("the nearest is train.steps") == 1
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_module_is_a_program(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "cmmd.cli", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0 and done.stdout.startswith("cmmd ")
 
 
 # ---- as a process

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import asdict, dataclass, replace
@@ -12,12 +13,14 @@ import pytest
 import torch
 from runs import lines, same, weights
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from cmmd import train as tr
 from cmmd.checkpoint import CheckpointError, find_checkpoint, list_checkpoints
 from cmmd.core import make_generator
 from cmmd.datasets import ClipDataset
 from cmmd.train import TrainConfig, TrainError, joint_loss_fn, train
+from cmmd.unet import CMMDUNet, UNetConfig
 
 
 @dataclass(frozen=True)
@@ -410,6 +413,349 @@ def test_record_and_config():
         {"mixed_precision": "fp8"},
         {"num_workers": -1},
         {"progress": 1},
+        {"gradient_checkpointing": 1},
+        {"compile": "yes"},
     ):
         with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
             TrainConfig(**wrong)
+
+
+# ---------------------------------------------------------------- switches: memory, speed
+class Recomputed(Pair):
+    "A model that can recompute, as diffusers' do."
+
+    _supports_gradient_checkpointing = True
+    is_gradient_checkpointing = False
+
+    def enable_gradient_checkpointing(self):
+        self.is_gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self):
+        self.is_gradient_checkpointing = False
+
+    def forward(self, *inputs):
+        if not self.is_gradient_checkpointing:
+            return super().forward(*inputs)
+        return checkpoint(super().forward, *inputs, use_reentrant=False)
+
+
+def recomputed():
+    torch.manual_seed(0)
+    return Recomputed()
+
+
+def test_checkpointing_changes_no_bit_and_may_be_switched(tmp_path):
+    plain, c = run(), config(gradient_checkpointing=True, save_every=6)
+    result = run(c, model=recomputed())
+    assert same(result, plain) and not result.model.is_gradient_checkpointing
+    with pytest.raises(Stop):
+        run(c, model=recomputed(), out_dir=tmp_path, loss_fn=stopping_at(6))
+    c = replace(c, gradient_checkpointing=False)
+    assert same(run(c, model=recomputed(), out_dir=tmp_path, resume=True), plain)
+    with pytest.raises(ValueError, match="gradient_checkpointing .* Pair"):
+        run(config(gradient_checkpointing=True))
+
+
+def small_network():
+    torch.manual_seed(0)
+    sizes = dict(video_channels=(8, 16), audio_channels=(80, 96), n_blocks=1, head_dim=8)
+    return CMMDUNet(UNetConfig.tiny(**sizes, time_embed_dim=32))
+
+
+def network_data():
+    g = make_generator(0, "network data")
+    clip = small_network().config.clip
+    sizes = (clip.video_shape, clip.audio_shape)
+    video, audio = (torch.randn(4, *size, generator=g) for size in sizes)
+    return ClipDataset(video, audio, tuple("abcd"), 0.0, 1.0)
+
+
+def test_checkpointing_the_real_network():
+    c = config(steps=2, batch_size=2, learning_rate=1e-2)
+    results = []
+    for changes in ({}, {"gradient_checkpointing": True}):
+        c = replace(c, **changes)
+        results.append(run(c, model=small_network(), data=network_data()))
+    assert same(*results) and not results[1].model.is_gradient_checkpointing
+    assert not torch.equal(weights(results[0].model), weights(small_network()))
+
+
+def test_compile_leaves_a_plain_model(tmp_path, monkeypatch):
+    compiled, real = [], nn.Module.compile
+
+    def read_only(self):  # as the compiler reads the network, without waiting for its code
+        compiled.append(self)
+        real(self, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", read_only)
+    model = make_model()
+    result = run(config(compile=True), model=model, out_dir=tmp_path)
+    assert compiled == [model] and "_compiled_call_impl" not in vars(result.model)
+    assert "_compiled_call_impl" not in vars(result.ema_model)
+    assert torch.allclose(weights(result.model), weights(run().model), atol=1e-6)
+    assert [*result.model.state_dict()] == [*make_model().state_dict()]
+    with pytest.raises(CheckpointError, match="train.compile: True there, False here"):
+        run(out_dir=tmp_path, resume=True)
+
+
+@pytest.mark.slow
+def test_compiled_is_nearly_equal():
+    a, b = run(), run(config(compile=True))
+    assert torch.allclose(weights(a.model), weights(b.model), atol=1e-6)
+
+
+# ---------------------------------------------------------------- fp16: the scale of the loss
+def scaled_trainer(scale=2.0**24, ceiling=65504.0, loss_fn=joint_loss_fn):
+    "As under fp16, but computed in float32: gradients above the ceiling are infinite."
+    trainer = tr.Trainer(make_model(), DATA, config=config(), loss_fn=loss_fn, device="cpu")
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    for p in trainer.params:
+        p.register_hook(lambda g: g.where(g.abs() < ceiling, math.inf))
+    return trainer
+
+
+def test_an_overflow_is_no_bad_step():
+    trainer, plain = scaled_trainer(), tr.Trainer(make_model(), DATA, config=config(), device="cpu")
+    before, n = weights(trainer.model), 0
+    while not tr.train_step(trainer, trainer.data[trainer.step]):
+        n += 1
+        assert torch.equal(weights(trainer.model), before) and not trainer.optimizer.state
+    assert n > 3 and trainer.overflows == n and trainer.step == n + 1
+    assert trainer.skipped == trainer.bad_in_row == 0
+    assert trainer.accelerator.scaler.get_scale() == 2.0 ** (24 - n)
+    plain.step = n
+    tr.train_step(plain, plain.data[n])
+    assert torch.equal(weights(trainer.model), weights(plain.model))
+    line, reference = (tr.interval_metrics(t, seconds=1.0) for t in (trainer, plain))
+    assert line["overflows"] == n and line["loss_scale"] == 2.0 ** (24 - n)
+    assert line["grad_norm"] == reference["grad_norm"] and "loss_scale" not in reference
+
+
+def test_nan_under_a_scale_ends_the_run():
+    trainer = scaled_trainer(scale=2.0, loss_fn=bad_loss({0, 1, 2}))
+    with pytest.raises(TrainError, match="3 steps in a row"):
+        for step in range(3):
+            tr.train_step(trainer, trainer.data[step])
+    trainer = scaled_trainer(scale=4.0, ceiling=0.0)  # never finite: the scale cannot help
+    with pytest.raises(TrainError, match="3 steps in a row, the last step 4"):
+        for step in range(20):
+            assert not tr.train_step(trainer, trainer.data[step])
+    assert trainer.overflows == 2
+
+
+def test_the_scale_is_resumed(tmp_path):
+    trainer, again = scaled_trainer(), scaled_trainer()
+    for step in range(10):
+        tr.train_step(trainer, trainer.data[step])
+    tr.save_run(trainer, tmp_path)
+    assert tr.load_run(again, tmp_path) and again.overflows == trainer.overflows > 0
+    for t in (trainer, again):
+        for step in (10, 11):
+            assert tr.train_step(t, t.data[step])
+    states = [t.accelerator.scaler.state_dict() for t in (trainer, again)]
+    assert states[0] == states[1] and torch.equal(weights(trainer.model), weights(again.model))
+
+
+def test_fp16_needs_a_gpu():
+    with pytest.raises(ValueError, match="mixed_precision 'fp16' needs a CUDA GPU, got the .* cpu"):
+        run(config(mixed_precision="fp16"))
+
+
+# ---------------------------------------------------------------- watching
+HELD = make_data(n=5, seed=7)
+
+
+def test_watching_changes_nothing(tmp_path):
+    seen = []
+
+    def show(model, board, step):
+        seen.append((model.training, step, weights(model)))
+
+    c = config(save_every=4)
+    watched = run(c, out_dir=tmp_path, held_out=HELD, show=show)
+    plain = run(c)
+    assert torch.equal(weights(watched.model), weights(plain.model))
+    assert torch.equal(weights(watched.ema_model), weights(plain.ema_model))
+    assert [(training, step) for training, step, _ in seen] == [(False, 4), (False, 8), (False, 12)]
+    assert torch.equal(seen[-1][2], weights(watched.ema_model))
+    names = {"held_out_video", "held_out_audio", "gap_video", "gap_audio"}
+    judged = [m for m in watched.history if names <= set(m)]
+    assert [m["step"] for m in judged] == [4, 8, 12] and all("loss" in m for m in judged)
+    assert [m["step"] for m in watched.history] == [4, 5, 8, 10, 12]
+    alone = tr.validation_loss(watched.ema_model, HELD, n_batches=2, batch_size=4)
+    assert judged[-1]["held_out_video"] == alone["video"]
+    with pytest.raises(TypeError, match="onlog"):
+        run(onlog=print)
+
+
+def test_watched_runs_resume_exactly(tmp_path):
+    c = config(save_every=4)
+    whole = run(c, held_out=HELD)
+    with pytest.raises(Stop):
+        run(c, out_dir=tmp_path, held_out=HELD, loss_fn=stopping_at(9))
+    assert same(run(c, out_dir=tmp_path, held_out=HELD, resume=True), whole)
+
+
+def test_a_picture_that_fails_is_a_line(tmp_path, capfd):
+    def show(model, board, step):
+        raise ValueError("no video to show\nat all")
+
+    result = run(config(save_every=6), out_dir=tmp_path, show=show)
+    assert result.step == 12 and list_checkpoints(tmp_path)[0].name == "step_00000012"
+    assert capfd.readouterr().err.count("no pictures at step") == 2
+
+
+def test_a_signal_cuts_pictures_short(tmp_path):
+    def show(model, board, step):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(60)
+
+    began = time.monotonic()
+    result = run(config(save_every=4), out_dir=tmp_path, show=show)
+    assert result.stopped == "SIGTERM" and result.step == 4 and time.monotonic() - began < 10
+    assert find_checkpoint(tmp_path).step == 4
+    assert same(run(config(save_every=4), out_dir=tmp_path, resume=True), run())
+
+
+def test_bands_are_means_of_their_clips():
+    c, each = config(steps=3, log_every=3, gradient_accumulation=2), []
+
+    def loss(model, batch):
+        good = joint_loss_fn(model, batch)
+        each.extend(zip(batch.t.tolist(), good.video.tolist(), good.audio.tolist()))
+        return good
+
+    line = run(c, loss_fn=loss).history[-1]
+    for k in range(4):
+        here = [x for x in each if x[0] // 250 == k]
+        for place, name in ((1, "video"), (2, "audio")):
+            mean = sum(x[place] for x in here) / len(here)
+            assert math.isclose(line[f"{name}_t{250 * k}"], mean, rel_tol=1e-5)
+    assert 0 < line["memory"] < 100
+
+
+# ---------------------------------------------------------------- old checkpoints, other processes
+def test_a_checkpoint_of_before_the_switches(tmp_path, monkeypatch):
+    c, real = config(save_every=6), tr.save_checkpoint
+
+    def as_before(out_dir, step, *, tensors, state, config, keep):
+        settings = {k: v for k, v in config["train"].items() if k not in NEW}
+        state = {k: v for k, v in state.items() if k not in ("overflows", "processes")}
+        config = {**config, "train": settings}
+        return real(out_dir, step, tensors=tensors, state=state, config=config, keep=keep)
+
+    NEW = ("gradient_checkpointing", "compile")
+    monkeypatch.setattr(tr, "save_checkpoint", as_before)
+    with pytest.raises(Stop):
+        run(c, out_dir=tmp_path, loss_fn=stopping_at(6))
+    monkeypatch.undo()
+    assert same(run(c, out_dir=tmp_path, resume=True), run())
+    with pytest.raises(CheckpointError, match="train.compile: False there, True here"):
+        run(replace(c, compile=True), out_dir=tmp_path, resume=True)
+
+
+def test_pieces_may_move_between_processes(tmp_path, monkeypatch, capfd):
+    real = tr.save_checkpoint
+
+    def of_two(out_dir, step, *, state, **kwargs):
+        return real(out_dir, step, state={**state, "processes": 2}, **kwargs)
+
+    monkeypatch.setattr(tr, "save_checkpoint", of_two)
+    with pytest.raises(Stop):
+        run(config(save_every=6), out_dir=tmp_path, loss_fn=stopping_at(6))
+    monkeypatch.undo()
+    assert (
+        run(config(save_every=6, gradient_accumulation=2), out_dir=tmp_path, resume=True).step == 12
+    )
+    assert "rounded" not in capfd.readouterr().err
+    for path in list_checkpoints(tmp_path)[:1]:
+        shutil.rmtree(path)
+    assert run(config(save_every=6), out_dir=tmp_path, resume=True).step == 12
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "saved by 2 processes, this run has 1" in err
+    for path in list_checkpoints(tmp_path)[:1]:
+        shutil.rmtree(path)
+    with pytest.raises(CheckpointError, match="gradient_accumulation"):
+        run(config(save_every=6, gradient_accumulation=4), out_dir=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("name", ["ema_updates", "sums", "optimizer"])
+def test_a_state_that_does_not_fit_is_passed_over(tmp_path, monkeypatch, capfd, name):
+    real = tr.save_checkpoint
+
+    def lame(out_dir, step, *, state, **kwargs):
+        if step == 8:
+            state = {k: v for k, v in state.items() if k != name}
+        return real(out_dir, step, state=state, **kwargs)
+
+    monkeypatch.setattr(tr, "save_checkpoint", lame)
+    c = config(save_every=4)
+    with pytest.raises(Stop):
+        run(c, out_dir=tmp_path, loss_fn=stopping_at(8))
+    monkeypatch.undo()
+    assert same(run(c, out_dir=tmp_path, resume=True), run())
+    assert capfd.readouterr().err.count("damaged checkpoint passed over") == 1
+
+
+# ---------------------------------------------------------------- disks and other processes
+def test_a_full_disk_under_the_log_is_a_line(tmp_path, monkeypatch):
+    def full(self, text):
+        raise OSError(28, "No space left on device")
+
+    class Full:
+        write, flush, close = full, full, lambda self: full(self, "")
+
+    real = tr.RunLog.__init__
+
+    def start(self, out_dir, step):
+        real(self, out_dir, step)
+        self.file = Full()
+
+    monkeypatch.setattr(tr.RunLog, "__init__", start)
+    with pytest.raises(TrainError, match="metrics.jsonl: No space left on device") as error:
+        run(config(save_every=4), out_dir=tmp_path)
+    assert "\n" not in str(error.value) and find_checkpoint(tmp_path).step == 4
+    monkeypatch.undo()
+    assert same(run(config(save_every=4), out_dir=tmp_path, resume=True), run())
+
+
+class Two:
+    "An accelerator of two processes, as the second of them sees it; the first says `told`."
+
+    num_processes, process_index, is_main_process = 2, 1, False
+    device = torch.device("cpu")
+
+    def __init__(self, told=b""):
+        self.told = told
+
+    def gather(self, mine):
+        row = torch.zeros_like(mine)
+        row[0, : len(self.told)] = torch.tensor(list(self.told), dtype=torch.uint8)
+        return torch.cat([row, mine])
+
+
+def test_an_error_of_another_process_is_quoted():
+    tr.share_error(Two(), None)
+    with pytest.raises(TrainError, match="^process 0 of 2: cannot write x: No space left$"):
+        tr.share_error(Two("cannot write x: No space left".encode()), None)
+    mine = CheckpointError("my own\nsecond line")
+    with pytest.raises(CheckpointError, match="my own") as error:
+        tr.share_error(Two(b"other"), mine)
+    assert error.value is mine and mine.shared
+    with pytest.raises(TrainError, match="process 0 of 2: in use"):
+        tr.on_main(Two(b"in use"), lambda: 1 / 0)  # only the main process works
+
+
+@pytest.mark.parametrize(
+    "error,gone",
+    [
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:1"), True),
+        (RuntimeError("NCCL communicator was aborted on rank 1."), True),
+        (torch.distributed.DistNetworkError("Broken pipe"), True),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("gloo"), False),
+        (MemoryError(), False),
+    ],
+)
+def test_who_has_gone(error, gone):
+    assert tr.is_gone(error) is gone
