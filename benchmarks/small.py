@@ -45,8 +45,7 @@ def make_films(folder: Path, n: int, *, seed: int) -> None:
 
 def cmmd(*words: object) -> None:
     "A command of the command line, in a process of its own."
-    program = "from cmmd.cli import main; main()"
-    subprocess.run([sys.executable, "-c", program, *map(str, words)], check=True)
+    subprocess.run([sys.executable, "-m", "cmmd.cli", *map(str, words)], check=True)
 
 
 def judge(model, data: ShardDataset) -> dict:
@@ -71,9 +70,11 @@ def main() -> None:
     films, shards, run = (args.out / name for name in ("films", "data", "run"))
     make_films(films, args.films, seed=args.seed)
     common = ["--config", "small", "--threads", args.threads]
-    cmmd("prepare", films, "--out", shards, "--vae", "tiny", "--allow-bad", *common)
+    if not (shards / "index.json").exists():
+        cmmd("prepare", films, "--out", shards, "--vae", "tiny", "--allow-bad", *common)
     rate = ["--learning-rate", "5e-4", "--batch-size", "4", "--save-every", "100", "--resume"]
-    cmmd("train", "--data", shards, "--out", run, "--steps", args.steps, *rate, *common)
+    if not (run / "model").exists():
+        cmmd("train", "--data", shards, "--out", run, "--steps", args.steps, *rate, *common)
     test, model = ShardDataset(shards, "test"), load_model(run)
     torch.manual_seed(0)
     fresh = type(model)(UNetConfig.from_dict(model.config.to_dict())).eval()

@@ -4,7 +4,7 @@
 __all__ = ['MIN_FRAMES', 'COMPONENTS', 'CARD_SECTIONS', 'MIN_SIDE', 'WRITERS', 'ModelError', 'shipped_models', 'class_name',
            'find_model', 'load_model', 'new_model', 'load_start', 'same_vae', 'join_frames', 'WindowedModel',
            'Sampling', 'stretches', 'find_vocoder', 'fit_vocoder', 'hold_last', 'mel_to_waveform', 'generate_long',
-           'generate_clips', 'frames_of', 'soundtrack_mel', 'soundtrack', 'picture', 'both', 'read_index',
+           'frames_of', 'generate_clips', 'soundtrack_mel', 'soundtrack', 'picture', 'both', 'read_index',
            'load_components', 'find_pipeline', 'model_card', 'check_request', 'CMMDPipelineOutput', 'CMMDPipeline',
            'check_out_file', 'check_out_folder', 'read_input', 'enlarge', 'Sampled', 'sample_file', 'mel_pieces',
            'sound_pieces', 'Vocoded', 'vocode_file', 'show_samples']
@@ -48,6 +48,7 @@ from .media import write_clip, write_wav
 from .mel import denormalise_mel, griffin_lim, log_mel, normalise_mel
 from .melgan import MelGANGenerator, Vocoder, VocoderError, load_vocoder
 from .soundbank import read_sound
+from .train import is_out_of_memory
 from .unet import CMMDUNet, UNetConfig
 from .viz import compare_figure
 
@@ -364,17 +365,7 @@ def generate_long(
 
 # %% ../nbs/52_pipeline.ipynb #e705d73f
 @torch.no_grad()
-def generate_clips(
-    model: Callable,              # a `CMMDUNet`
-    vae: nn.Module,               # the one it was trained with
-    *,
-    video: Tensor|None=None,      # uint8 (b, f, h, w, 3) to make a sound for
-    audio: Tensor|None=None,      # (b, samples) at the model's rate to make a video for
-    shape: tuple[int, int]=(1, 18),  # clips and frames when neither is given
-    sampling: Sampling,           # how
-    draw: Callable,               # number of the stretch -> its generator(s), as in `generate`
-) -> tuple[Tensor, Tensor]:       # uint8 (b, f, h, w, 3); log-mel (b, n_mels, t), decades, CPU
-    "Films and log-mels of any length: what is given as it came, the other stream generated."
+def _generated(model, vae, video, audio, shape, sampling, draw) -> tuple[Tensor, Tensor]:
     clip, stats = model.config.clip, (model.config.mel_mean, model.config.mel_std)
     device, n_frames = next(model.parameters()).device, shape[1]
     given = {"shape": (shape[0], max(n_frames, MIN_FRAMES))}
@@ -400,6 +391,27 @@ def frames_of(
 ) -> int:            # at least 1
     "Frames of a picture that covers a sound."
     return max(1, math.ceil(n_samples * clip.fps / clip.sample_rate - 1e-6))
+
+# %% ../nbs/52_pipeline.ipynb #3aa2fd7f
+def generate_clips(
+    model: Callable,              # a `CMMDUNet`
+    vae: nn.Module,               # the one it was trained with
+    *,
+    video: Tensor|None=None,      # uint8 (b, f, h, w, 3) to make a sound for
+    audio: Tensor|None=None,      # (b, samples) at the model's rate to make a video for
+    shape: tuple[int, int]=(1, 18),  # clips and frames when neither is given
+    sampling: Sampling,           # how
+    draw: Callable,               # number of the stretch -> its generator(s), as in `generate`
+) -> tuple[Tensor, Tensor]:       # uint8 (b, f, h, w, 3); log-mel (b, n_mels, t), decades, CPU
+    "Films and log-mels of any length: what is given as it came, the other stream generated."
+    try: return _generated(model, vae, video, audio, shape, sampling, draw)
+    except Exception as e:
+        if not is_out_of_memory(e): raise
+        message = str(e).strip().split("\n")[0] or "memory is full"
+    given = next((x for x in (video, audio) if x is not None), None)
+    n = shape[0] if given is None else len(given)
+    raise MemoryError(f"out of memory, batch of {n} ({message}); take fewer or shorter clips at a "
+                      "time, guidance_weight=0 (no backward pass), or a smaller model")
 
 # %% ../nbs/52_pipeline.ipynb #85151181
 def _check_frames(video: Tensor, clip: ClipSpec, axes: str="f") -> Tensor:

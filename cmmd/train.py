@@ -581,8 +581,9 @@ def save_run(
     if trainer.accelerator.scaler: state["scaler"] = trainer.accelerator.scaler.state_dict()
     for group, optimizer in trainer.optimizers.items():
         tensors[group], state[group] = optimizer_tensors(optimizer)
-    return save_checkpoint(out_dir, trainer.step, tensors=tensors, state=state,
-                           config=run_config(trainer), keep=trainer.config.keep)
+    try: return save_checkpoint(out_dir, trainer.step, tensors=tensors, state=state,
+                                config=run_config(trainer), keep=trainer.config.keep)
+    except ValueError as e: raise TrainError(f"step {trainer.step} is not saved: {e}") from None
 
 # %% ../nbs/44_train.ipynb #3acb8441
 FREE = ("train.save_every", "train.log_every", "train.keep", "train.num_workers", "train.progress")
@@ -680,8 +681,11 @@ class RunLog:
         if out_dir is None: return
         path, fresh = out_dir / "metrics.jsonl", out_dir / "metrics.jsonl.new"
         self.history, self.path = [m for m in read_metrics(path) if m["step"] <= step], path
+        if (out_dir / "tensorboard").is_symlink():
+            raise ValueError(f"{out_dir / 'tensorboard'} must not be a link: remove it")
         with log_written(path):
-            fresh.write_text("".join(json.dumps(m) + "\n" for m in self.history))
+            fresh.unlink(missing_ok=True)
+            with open(fresh, "x") as f: f.writelines(json.dumps(m) + "\n" for m in self.history)
             os.replace(fresh, path)
             self.file = open(path, "a")
             with suppress(ImportError):
@@ -710,7 +714,7 @@ def read_metrics(
 ) -> list[dict]:     # the lines that are whole and have a step
     "The metrics of a run so far."
     lines, path = [], Path(path)
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try: lines.append(json.loads(line))
         except ValueError: continue
     return [m for m in lines if isinstance(m, dict) and isinstance(m.get("step"), int)]
@@ -956,7 +960,8 @@ def step_or_save(
     try: train_step(trainer, batches)
     except TrainError as e:
         if out_dir and trainer.optimizer.state:
-            on_main(trainer.accelerator, lambda: save_run(trainer, out_dir))
+            with suppress(TrainError):  # of weights that are not finite
+                on_main(trainer.accelerator, lambda: save_run(trainer, out_dir))
         e.shared = True
         raise
 
