@@ -912,11 +912,18 @@ def test_one_of_several_processes(tmp_path, monkeypatch, capsys):
 
 
 def launched(folder, *arguments, timeout=200) -> subprocess.CompletedProcess:
-    "The command line in two processes."
+    "The command line in two processes (--cpu would start one: --multi_gpu needs no GPU to launch)."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--multi_gpu",
+    ]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
     return subprocess.run(
@@ -942,7 +949,9 @@ def test_accelerate_launch(tmp_path, capsys):
         load_file(tmp_path / x / "model" / "diffusion_pytorch_model.safetensors")
         for x in ("one", "two")
     ]
-    assert max(float((x - runs[1][name]).abs().max()) for name, x in runs[0].items()) < 1e-6
+    assert all(torch.equal(x, runs[1][name]) for name, x in runs[0].items()), "to the bit"
+    told = json.loads((tmp_path / "two" / "model" / "training.json").read_text())
+    assert told["machine"]["processes"] == 2
 
 
 @pytest.mark.slow

@@ -252,7 +252,7 @@ def test_a_killed_process_costs_nothing_to_those_beside_it(films, data, vae, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", (("accelerate", "launch", "--cpu"), ("torchrun",)))
+@pytest.mark.parametrize("launch", (("accelerate", "launch", "--multi_gpu"), ("torchrun",)))
 def test_two_launched_processes_share_the_shards(launch, films, tmp_path):
     command = [str(BIN / "cmmd"), "prepare", str(films), "--config", "tiny", "--test-share", "0"]
     command += ["--stride", "5"]
