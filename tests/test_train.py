@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+import traceback
 from dataclasses import asdict, dataclass, replace
 
 import pytest
@@ -177,6 +178,8 @@ def fork(work):
         return pid
     try:
         work()
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(0)
 
@@ -193,7 +196,9 @@ def check_kills(folder, n, seed):
     whole = run(c)
     for i in range(n):
         out = folder / str(i)
-        while not (out / "model").exists():
+        for _ in range(99):  # lives
+            if (out / "model").exists():
+                break
             newest = list_checkpoints(out)[:1]
             pid = fork(lambda: run(c, out_dir=out, resume=True, model=make_model(delay=0.004)))
             while not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
