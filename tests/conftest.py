@@ -2,7 +2,7 @@
 
 import torch
 
-# PyTorch starts autograd's threads at the first backward pass, one for each device it knows. A
-# FakeTensorMode (cmmd.scale) makes it know a GPU where there is none; and where a thread was started,
-# no forked child may compute a gradient: many tests fork one. So the first pass is made here.
+# PyTorch starts autograd's threads at the first backward pass, one for each device that it knows.
+# A FakeTensorMode (cmmd.scale) makes it know a GPU even where there is none, and once a thread is
+# started no forked child may compute a gradient; many tests fork one. So the first pass is here.
 torch.ones(1, requires_grad=True).sum().backward()
