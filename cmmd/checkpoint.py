@@ -452,10 +452,16 @@ class RunLock:
             raise CheckpointError(f"{self.path.parent} is in use by {holder}; wait for it, "
                                   "stop it, or choose another folder") from None
         self.fd = fd
+        os.register_at_fork(after_in_child=self.forget)
         os.ftruncate(fd, 0)
         with suppress(OSError):  # a full disk: the lock holds, only its holder has no name
             os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         return self
+
+    def forget(self) -> None:
+        "A forked child (a loader's worker) must not hold the lock for its killed parent."
+        if self.fd is not None: os.close(self.fd)
+        self.fd = None
 
     @staticmethod
     def holder(fd: int, patience: float=1.) -> str:  # e.g. "process 4711 on node3"
@@ -465,6 +471,7 @@ class RunLock:
         return text.decode(errors="replace") or "another process"
 
     def __exit__(self, *error):
+        if self.fd is None: return  # in a forked child
         os.ftruncate(self.fd, 0)
         os.close(self.fd)
         self.fd = None

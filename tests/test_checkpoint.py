@@ -495,6 +495,27 @@ def test_lock_names_holder_and_dies_with_it(tmp_path):
         pass
 
 
+def test_a_forked_child_does_not_keep_the_lock_of_its_killed_parent(tmp_path):
+    out, ready = os.pipe()
+
+    def work():
+        with RunLock(tmp_path):
+            child = fork(lambda: time.sleep(60))  # a loader's worker
+            os.write(ready, child.to_bytes(4, "big"))
+            time.sleep(60)
+
+    parent = fork(work)
+    child = int.from_bytes(os.read(out, 4), "big")
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    try:
+        os.kill(child, 0)  # it is still there
+        with RunLock(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
 def test_races_have_one_winner(tmp_path):
     for race in range(20):
 
