@@ -459,7 +459,7 @@ class RunLock:
         return self
 
     def forget(self) -> None:
-        "A forked child (a loader's worker) must not hold the lock for its killed parent."
+        "Close the file; a forked child (a loader's worker) must not hold its parent's lock."
         if self.fd is not None: os.close(self.fd)
         self.fd = None
 
@@ -471,10 +471,8 @@ class RunLock:
         return text.decode(errors="replace") or "another process"
 
     def __exit__(self, *error):
-        if self.fd is None: return  # in a forked child
-        os.ftruncate(self.fd, 0)
-        os.close(self.fd)
-        self.fd = None
+        if self.fd is not None: os.ftruncate(self.fd, 0)  # None: in a forked child
+        self.forget()
 
 # %% ../nbs/43_checkpoint.ipynb #928700d8
 def config_difference(
