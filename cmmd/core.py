@@ -33,7 +33,7 @@ def _check_spec(spec) -> None:
         raise ValueError(f"ClipSpec.frame_size must be a multiple of vae_factor {spec.vae_factor}, "
                          f"got {spec.frame_size}")
     if spec.f_max > spec.sample_rate / 2:
-        raise ValueError(f"ClipSpec.f_max must be at most half the sample rate "
+        raise ValueError(f"ClipSpec.f_max must be at most half the sample_rate "
                          f"({spec.sample_rate / 2:g} Hz), got {spec.f_max:g}")
 
 # %% ../nbs/00_core.ipynb #1d1b226c

@@ -211,6 +211,18 @@ def read_change(
     if kind is str and not isinstance(value, str): value = text
     return key, typed(key, value)
 
+
+def _with_changes(words: str, changed: dict[str, Any]) -> str:
+    "The words; behind them what was changed, where they name none of it but what it broke."
+    if not changed or any(key.rpartition(".")[2] in words for key in changed): return words
+    return f"{words} (changed here: {', '.join(changed)})"
+
+
+def _known(key: str) -> str:  # in a file every key stands in its own section
+    if key in recipe_keys(): return key
+    near = find_key(key)
+    raise ValueError(f"{key} is in the wrong section: it is {near}")
+
 # %% ../nbs/47_recipes.ipynb #39392ef5
 def recipe_names() -> tuple[str, ...]:
     "The recipes that come with cmmd."
@@ -242,11 +254,7 @@ def load_recipe(
             if key in changed: raise ValueError(f"{key} is given twice")
             changed[key] = value
         return build_recipe(name, values | changed)
-    except TypeError as error: raise TypeError(f"recipe {printable(name)}: {error}") from None
-    except ValueError as error: raise ValueError(f"recipe {printable(name)}: {error}") from None
-
-
-def _known(key: str) -> str:  # in a file every key stands in its own section
-    if key in recipe_keys(): return key
-    near = find_key(key)
-    raise ValueError(f"{key} is in the wrong section: it is {near}")
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        words = _with_changes(str(error), changed)
+        raise kind(f"recipe {printable(name)}: {words}") from None

@@ -29,6 +29,9 @@ def _check_config(c: "UNetConfig") -> None:
     for name in ("latent_channels", "n_mels", "n_blocks", "head_dim", "num_train_steps", "mel_std"):
         check_range(f"UNetConfig.{name}", getattr(c, name), 1e-6 if name == "mel_std" else 1)
     check_range("UNetConfig.audio_snr_scale", c.audio_snr_scale, 1e-6, 1e6)
+    check_range("UNetConfig.time_embed_dim", c.time_embed_dim, 2)
+    for name in ("video_channels", "audio_channels"):
+        for channels in getattr(c, name): check_range(f"UNetConfig.{name}", channels, 1)
     if not c.video_channels or len(c.video_channels) != len(c.audio_channels):
         raise ValueError("UNetConfig.video_channels and audio_channels must have one number per "
                          f"level each, got {c.video_channels} and {c.audio_channels}")

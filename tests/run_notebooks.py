@@ -31,6 +31,7 @@ def execute(path: Path) -> None:
         notebook,
         timeout=600,
         store_widget_state=False,
+        coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}},
     ).execute()
     for cell in notebook.cells:

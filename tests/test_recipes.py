@@ -241,6 +241,10 @@ VALUES = st.one_of(
 @example("weight=1e400")
 @example("audio_snr_scale=1e-320")
 @example("vae=\ud800")
+@example("model.clip.sample_rate=1")
+@example("model.video_channels=[8, 8]")
+@example("model.video_channels=[-1, 2]")
+@example("model.time_embed_dim=-1")
 def test_any_change_is_taken_or_named(change):
     "Whatever stands behind --set: a recipe that can be built and written, or one line."
     try:
