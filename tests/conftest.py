@@ -1,7 +1,11 @@
 "What every process of the test suite does first."
 
-import torch
-from hypothesis import settings
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked child would wait for OpenMP's threads
+
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 # PyTorch starts autograd's threads at the first backward pass, one for each device that it knows.
 # A FakeTensorMode (cmmd.scale) makes it know a GPU even where there is none, and once a thread is
