@@ -38,7 +38,7 @@ notebooks: $(VENV)/.installed-dev  ## run all notebooks in place, keep their out
 bench: $(VENV)/.installed  ## speed of network, training and data on this machine, into runs/*.json
 	@$(OFFLINE) $(BIN)/python benchmarks/speed.py --out runs/bench.json $(SPEED_ARGS)
 	@$(OFFLINE) $(BIN)/python benchmarks/train.py --out runs/train.json
-	@$(OFFLINE) $(BIN)/python benchmarks/loader.py --configs tiny,small --out runs/loader.json
+	@$(OFFLINE) $(BIN)/python benchmarks/loader.py --out runs/loader.json
 
 env: $(VENV)/.installed  ## only the environment
 env-dev: $(VENV)/.installed-dev  ## only the environment, with the development tools

@@ -4,6 +4,8 @@ import datetime
 import json
 import os
 import platform
+import traceback
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -139,12 +141,37 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def about_machine() -> dict:
-    "Date, machine and version, for every stored result."
-    return {
+    "Date, machine and version, for every stored result; the GPU where there is one."
+    about = {
         "date": str(datetime.date.today()),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} thread",
         "torch": torch.__version__,
     }
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        about["gpu"] = f"{torch.cuda.get_device_name(0)} {memory:.0f} GiB"
+    return about
+
+
+def write_json(path: Path, content: dict) -> None:
+    "The whole file or none of it: who is killed while writing leaves the last one."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+Row = tuple[str, float | None, str]  # name, figure, unit; or name, None, why there is no figure
+
+
+def guarded(name: str, rows: Iterable[Row]) -> Iterator[Row]:
+    "The rows, and where an error ends them, its reason under this name (all of it on stderr)."
+    try:
+        yield from rows
+    except Exception as error:
+        traceback.print_exc()
+        first = str(error).strip().partition("\n")[0]
+        yield name, None, f"{type(error).__name__}: {first[:200]}"
 
 
 class Results:
@@ -167,7 +194,4 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({"about": self.about, "runs": self.runs}, indent=1) + "\n")
-        partial.replace(self.path)
+        write_json(self.path, {"about": self.about, "runs": self.runs})

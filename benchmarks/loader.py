@@ -7,19 +7,22 @@ clips than the reader keeps in memory. Then the same `StepData` that training us
 in this process and by two workers, without and with the negatives of the contrastive loss
 (which are drawn by the process that trains, whatever the workers do). Times are CPU seconds of
 this process ("main": what training has to wait for) and of its workers; one thread. The files
-are in the page cache, so a slow disk or network comes on top.
+are in the page cache, so a slow disk or network comes on top. What is read depends on the clip
+alone, so small and paper, whose clips are the same, share the folder and its reading; only the
+speed of training is measured for each.
 """
 
 import argparse
-import json
+import itertools
 import os
 import resource
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from common import about_machine
+from common import about_machine, write_json
 
 from cmmd.contrastive import ContrastiveConfig, ContrastiveLossFn, draw_negatives
 from cmmd.core import ClipSpec
@@ -89,22 +92,30 @@ def training_speed(name: str, data: ShardDataset, *, contrast: bool, steps: int)
     return steps * batch / (cpu() - before)
 
 
-def measure(name: str, n_clips: int) -> list[dict]:
-    "One row for each loss and number of workers."
-    clip, rows = getattr(UNetConfig, name)().clip, []
+KINDS = list(itertools.product((False, True), (0, 2)))  # contrastive, workers
+
+
+def measure(names: list[str], n_clips: int) -> Iterator[dict]:
+    "One row for each config, loss and number of workers."
     with tempfile.TemporaryDirectory() as root:
-        data = make_folder(Path(root), clip, n_clips)
-        for contrast in (False, True):
-            model = training_speed(name, data, contrast=contrast, steps=1 if name == "paper" else 4)
-            for workers in (0, 2):
-                found = loader_speed(data, workers=workers, contrast=contrast, steps=n_clips // 4)
-                rows.append(
-                    {"config": name, "loss": "contrastive" if contrast else "plain"}
-                    | {"workers": workers, **found, "training": round(model, 3)}
-                    | {"times": round(found["clips_per_s"] / model, 1)}
-                )
-                print(*(f"{v:>12}" for v in rows[-1].values()), flush=True)
-    return rows
+        read: dict[ClipSpec, tuple] = {}  # a folder, and how fast it is read, by its clips
+        for name in names:
+            clip = getattr(UNetConfig, name)().clip
+            if clip not in read:
+                data, ask = make_folder(Path(root) / str(len(read)), clip, n_clips), n_clips // 4
+                found = {
+                    kind: loader_speed(data, contrast=kind[0], workers=kind[1], steps=ask)
+                    for kind in KINDS
+                }
+                read[clip] = data, found
+            data, found = read[clip]
+            steps = 1 if name == "paper" else 4
+            trains = [training_speed(name, data, contrast=c, steps=steps) for c in (False, True)]
+            for contrast, workers in KINDS:
+                speed, fast = trains[contrast], found[contrast, workers]
+                row = {"config": name, "loss": "contrastive" if contrast else "plain"}
+                row |= {"workers": workers, **fast, "training": round(speed, 3)}
+                yield row | {"times": round(fast["clips_per_s"] / speed, 1)}
 
 
 def main() -> None:
@@ -120,9 +131,11 @@ def main() -> None:
         *(f"{h:>12}" for h in ("config", "loss", "workers", "main ms", "workers ms")),
         *(f"{h:>12}" for h in ("clips/s", "wall clips/s", "training", "times")),
     )
-    rows = [row for name in asked.configs.split(",") for row in measure(name, asked.clips)]
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps({"about": about_machine(), "rows": rows}, indent=1) + "\n")
+    report = {"about": about_machine(), "rows": []}
+    for row in measure(asked.configs.split(","), asked.clips):
+        print(*(f"{v:>12}" for v in row.values()), flush=True)
+        report["rows"].append(row)
+        write_json(asked.out, report)
     print(f"written to {asked.out}")
 
 

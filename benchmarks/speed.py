@@ -1,29 +1,32 @@
 """Speed of the parts on this machine (`make bench`): a table on the screen, JSON in a file.
 
-    python benchmarks/speed.py [--size 64] [--threads 1] [--out runs/bench.json] [--history]
+    python benchmarks/speed.py [--only cpu gpu compiled] [--size 64] [--out runs/bench.json]
 
 The paper's network is measured at batch 1 against ceilings and a naive build of the same run. On
 the CPU a time is the process's own CPU time, since a neighbour's load stretches every other clock,
 and a ratio is the median over rounds in which both sides take turns. 16 instead of 64 (latents of
-16x16) is a quick look. Where there is CUDA, `gpu.py` adds its part. --history appends a line to
-README.md.
+16x16) is a quick look. Where there is CUDA, `gpu.py` adds its parts: `--only cpu gpu` leaves
+torch.compile out, `--only gpu` is the GPU alone. The file is written again after each row; what
+fails is a row with its reason, and the others go on. --history appends what has a target to
+README.md, and --history-of does that for a file that was written before, or elsewhere.
 """
 
 import argparse
+import copy
 import json
 import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from common import about_machine
-from gpu import bench_gpu
+from common import Row, about_machine, guarded, write_json
+from gpu import MODES, WAYS, bench_gpu
 from naive import naive_build
+from network import awake_paper, paper_inputs, paper_operations, sound_gradient
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cmmd.core import ClipSpec, make_generator, pick_device
 from cmmd.guidance import generate
@@ -39,7 +42,7 @@ TARGETS = {
     "paper 64x64: share of the conv ceiling": (False, 65),
     "paper 64x64: our build over the naive one": (False, 1.4),
     "paper 16x16: bf16 over fp32": (False, 2.0),
-    "CUDA 16x16: guided step, captured over eager": (False, 3.0),
+    "CUDA bf16-tuned 16x16: guided step, captured over eager": (False, 3.0),
 }
 HISTORY = Path(__file__).parent / "README.md"
 
@@ -83,52 +86,42 @@ def tiny_inputs(config: UNetConfig, device: torch.device, *, batch: int) -> dict
     return {"video": video.to(device), "audio": audio.to(device), "t": t.to(device)}
 
 
-def bench_parts(device: torch.device) -> dict[str, tuple[float, str]]:
+def bench_parts(device: torch.device) -> Iterator[Row]:
     "Figure and unit of each part."
-    found = {}
     wave = make_clips(8, spec=SPEC, seed=0).waveform
     took = seconds(lambda: make_clips(64, spec=SPEC, seed=1), device=torch.device("cpu"), repeats=3)
-    found["toy world"] = (64 / took, "clips/s")
+    yield "toy world", 64 / took, "clips/s"
     took = seconds(lambda: log_mel(torch.as_tensor(wave), SPEC), device=torch.device("cpu"))
-    found["log-mel"] = (8 * SPEC.duration / took, "s of sound per s")
+    yield "log-mel", 8 * SPEC.duration / took, "s of sound per s"
     model = CMMDUNet(UNetConfig.tiny()).to(device)
-    found["tiny: parameters"] = (sum(p.numel() for p in model.parameters()) / 1e6, "million")
+    yield "tiny: parameters", sum(p.numel() for p in model.parameters()) / 1e6, "million"
     x = tiny_inputs(UNetConfig.tiny(), device, batch=8)
     noise = {f"{name}_noise": torch.randn_like(x[name]) for name in ("video", "audio")}
-    with torch.no_grad():
-        took = seconds(lambda: model(*x.values()), device=device)
-    found["tiny: forward, batch 8"] = (1000 * took, "ms")
+
+    @torch.no_grad()
+    def forward() -> None:
+        model(*x.values())
+
+    yield "tiny: forward, batch 8", 1000 * seconds(forward, device=device), "ms"
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         joint_loss(model, x["video"], audio=x["audio"], t=x["t"], **noise).total.backward()
 
-    found["tiny: forward and backward, batch 8"] = (1000 * seconds(step, device=device), "ms")
+    yield "tiny: forward and backward, batch 8", 1000 * seconds(step, device=device), "ms"
     for weight, name in ((0.0, "replacement"), (1.0, "guided")):
         request = {"guidance_weight": weight, "num_sample_steps": 4, "generator": make_generator(0)}
         took = seconds(
             lambda: generate(model, video=x["video"][:1], **request), device=device, repeats=3
         )
-        found[f"tiny: one sampling step, {name}"] = (1000 * took / 4, "ms")
-    return found
+        yield f"tiny: one sampling step, {name}", 1000 * took / 4, "ms"
 
 
-def paper_size(size: int) -> dict[str, tuple[float, str]]:
-    "Parameters, and arithmetic of a forward pass, counted without computing."
-    with torch.device("meta"):
-        model = CMMDUNet(UNetConfig.paper())
-        inputs = torch.empty(1, 18, 4, size, size), torch.empty(1, 80, 112)
-        t = torch.zeros(1, dtype=torch.long)
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model(*inputs, t)
-    return {
-        "paper: parameters": (sum(p.numel() for p in model.parameters()) / 1e6, "million"),
-        f"paper {size}x{size}: operations of a forward": (
-            counter.get_total_flops() / 1e12,
-            "TFLOP",
-        ),
-    }
+def paper_size(size: int) -> Iterator[Row]:
+    "Parameters, and arithmetic of a forward pass."
+    parameters, operations = paper_operations(size)
+    yield "paper: parameters", parameters / 1e6, "million"
+    yield f"paper {size}x{size}: operations of a forward", operations / 1e12, "TFLOP"
 
 
 def ceilings(repeats: int = 3) -> dict[str, float]:
@@ -144,38 +137,13 @@ def ceilings(repeats: int = 3) -> dict[str, float]:
     return best
 
 
-def awake_paper() -> CMMDUNet:
-    "The paper's network with no layer at zero: every path is open."
-    torch.manual_seed(0)
-    model = CMMDUNet(UNetConfig.paper()).eval().requires_grad_(False)
-    for p in model.parameters():
-        if not p.any():
-            nn.init.normal_(p, std=0.02)
-    return model
-
-
-def paper_inputs(size: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple:
-    "One clip of noise: latents 18x4xSxS, mel 80x112, n."
-    g = make_generator(0)
-    video = torch.randn(1, 18, 4, size, size, generator=g)
-    audio = torch.randn(1, 80, 112, generator=g)
-    return video.to(device, dtype), audio.to(device, dtype), torch.tensor([500], device=device)
-
-
-def sound_gradient(model: CMMDUNet, video, audio, t) -> torch.Tensor:
-    "What guidance needs: the gradient of the video's estimate with respect to the sound."
-    with torch.enable_grad():
-        audio = audio.detach().requires_grad_()
-        return torch.autograd.grad(model(video, audio, t)[0].square().sum(), audio)[0]
-
-
 @torch.no_grad()
-def bench_paper(size: int, rounds: int) -> dict[str, tuple[float, str]]:
+def bench_paper(size: int, rounds: int) -> Iterator[Row]:
     "The paper's network on the CPU: against the machine's ceilings and against a naive build."
-    found, best, at = {}, ceilings(), f"paper {size}x{size}"
+    best, at = ceilings(), f"paper {size}x{size}"
     ceiling = max(v for k, v in best.items() if k.startswith("conv"))
     for name, value in best.items():
-        found[f"ceiling: {name}"] = (value, "GFLOP/s")
+        yield f"ceiling: {name}", value, "GFLOP/s"
     model, x = awake_paper(), paper_inputs(size)
     naive = naive_build(model)
     for ours, theirs in zip(model(*x), naive(*x)):
@@ -186,32 +154,55 @@ def bench_paper(size: int, rounds: int) -> dict[str, tuple[float, str]]:
         "guidance": lambda: sound_gradient(model, *x),
     }
     times = take_turns(runs, rounds)
-    rate = 1000 * paper_size(size)[f"{at}: operations of a forward"][0]
-    rate = [rate / t for t in times["ours"]]
-    found[f"{at}: forward"] = (statistics.median(times["ours"]), "s")
-    found[f"{at}: share of the conv ceiling"] = (100 * statistics.median(rate) / ceiling, "%")
-    share = 100 * statistics.median(rate) / best["matmul 2048"]
-    found[f"{at}: share of the matmul ceiling"] = (share, "%")
-    found[f"{at}: our build over the naive one"] = (ratio(times, "naive", "ours"), "x")
-    guided = ratio(times, "guidance", "ours")
-    found[f"{at}: forward + backward to the sound"] = (guided, "x a forward")
-    return found
+    operations = paper_operations(size)[1]
+    rate = statistics.median(1e-9 * operations / t for t in times["ours"])
+    yield f"{at}: forward", statistics.median(times["ours"]), "s"
+    yield f"{at}: share of the conv ceiling", 100 * rate / ceiling, "%"
+    yield f"{at}: share of the matmul ceiling", 100 * rate / best["matmul 2048"], "%"
+    yield f"{at}: our build over the naive one", ratio(times, "naive", "ours"), "x"
+    yield f"{at}: forward + backward to the sound", ratio(times, "guidance", "ours"), "x a forward"
+
+
+def bf16_units() -> str:
+    "The vector units, and whether torch's fast bf16 (oneDNN's, from AVX512 on) runs on them."
+    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return f"{torch.backends.cpu.get_cpu_capability()}: oneDNN {'does' if fast else 'refuses'} bf16"
 
 
 @torch.no_grad()
-def bench_small_latents(rounds: int) -> dict[str, tuple[float, str]]:
+def bench_small_latents(rounds: int) -> Iterator[Row]:
     "At 16x16: weights kept channels last, and bf16, each against plain fp32."
     model, x = awake_paper(), paper_inputs(16)
     ready = awake_paper().to(memory_format=torch.channels_last)
     half, half_x = awake_paper().bfloat16(), (*(v.bfloat16() for v in x[:2]), x[2])
     runs = {"plain": lambda: model(*x), "ready": lambda: ready(*x)}
-    times = take_turns(runs, rounds)
-    kept, units = ratio(times, "plain", "ready"), torch.backends.cpu.get_cpu_capability()
+    yield (
+        "paper 16x16: weights kept channels last",
+        ratio(take_turns(runs, rounds), "plain", "ready"),
+        "x",
+    )
     times = take_turns({"plain": runs["plain"], "half": lambda: half(*half_x)}, 1)
-    return {
-        "paper 16x16: weights kept channels last": (kept, "x"),
-        "paper 16x16: bf16 over fp32": (ratio(times, "plain", "half"), f"x ({units})"),
+    yield "paper 16x16: bf16 over fp32", ratio(times, "plain", "half"), f"x ({bf16_units()})"
+
+
+@torch.no_grad()
+def bench_bf16(rounds: int = 2) -> Iterator[Row]:
+    "Where bf16 gains or loses its time: single layers over fp32; the network is channels last."
+    conv, linear = nn.Conv2d(128, 128, 3, padding=1), nn.Linear(512, 512)
+    image, rows = torch.randn(1, 128, 32, 32), torch.randn(4096, 512)
+    last = {"memory_format": torch.channels_last}
+    layers = {
+        "conv 128 -> 128 at 32x32": (copy.deepcopy(conv).to(**last), image.to(**last)),
+        "conv 128 -> 128 at 32x32, NCHW": (conv, image),
+        "linear 512 -> 512, 4096 rows": (linear, rows),
     }
+    for name, (layer, x) in layers.items():
+        half, half_x = copy.deepcopy(layer).bfloat16(), x.bfloat16()
+        runs = {
+            "plain": lambda layer=layer, x=x: layer(x),
+            "half": lambda half=half, half_x=half_x: half(half_x),
+        }
+        yield f"{name}: bf16 over fp32", ratio(take_turns(runs, rounds), "plain", "half"), "x"
 
 
 def verdict(name: str, value: float) -> str:
@@ -223,51 +214,99 @@ def verdict(name: str, value: float) -> str:
     return f"{'at most' if at_most else 'at least'} {goal:g}: {'met' if met else 'NOT met'}"
 
 
-def add_history(figures: dict, about: dict, path: Path = HISTORY) -> None:
+# of the GPU's many rows the history keeps these
+KEPT = ("guided step, captured", "share of the conv ceiling", "and captured")
+
+
+def add_history(report: dict, path: Path = HISTORY) -> None:
     "A line per figure that has a target, at the end of README.md's table of speed."
-    lines, command = path.read_text().splitlines(), "speed.py " + shlex.join(sys.argv[1:])
-    machine = f"{about['machine']}, torch {about['torch']}"
+    lines, about = path.read_text().splitlines(), report["about"]
+    machine = ", ".join([about["machine"], *filter(None, [about.get("gpu")])])
+    machine += f", torch {about['torch']}"
     rows = [
-        f"| {about['date']} | {machine} | `{command.strip()}` | {name} | {value:.3g} {unit} |"
-        for name, (value, unit) in figures.items()
-        if name in TARGETS or name.startswith("CUDA")
+        f"| {about['date']} | {machine} | `{about['command']}` | {name} | {value:.3g} {unit} |"
+        for name, (value, unit) in report["figures"].items()
+        if name in TARGETS or name.startswith("CUDA") and any(k in name for k in KEPT)
     ]
     end = lines.index("<!-- end of the history -->")
     path.write_text("\n".join(lines[:end] + rows + lines[end:]) + "\n")
 
 
-def main() -> None:
-    "Measure, print, write."
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--device", default="auto", help="of the parts; the paper's network is both"
+def all_rows(asked: argparse.Namespace) -> Iterator[Row]:
+    "Everything that was asked for; what fails does not hinder the rest."
+    device = pick_device(asked.device)
+    parts = {
+        "cpu": [
+            ("parts", lambda: bench_parts(device)),
+            ("operations", lambda: paper_size(asked.size)),
+            ("paper", lambda: bench_paper(asked.size, asked.rounds)),
+            ("paper 16x16", lambda: bench_small_latents(asked.rounds)),
+            ("bf16", bench_bf16),
+        ],
+        "gpu": [("CUDA", lambda: bench_gpu(asked.ways, limit=asked.limit))],
+        "compiled": [
+            ("CUDA, compiled", lambda: bench_gpu(asked.ways, modes=asked.modes, limit=asked.limit))
+        ],
+    }
+    for part in parts:
+        for name, rows in parts[part] if part in asked.only else ():
+            yield from guarded(name, rows())
+
+
+def measure(rows: Iterator[Row], report: dict, out: Path) -> None:
+    "Print each row and write the file again."
+    figures, failed = report.setdefault("figures", {}), report.setdefault("failed", {})
+    for name, value, unit in rows:
+        if value is None:
+            failed[name] = unit
+            print(f"{name:<46}     FAILED {unit}", flush=True)
+        else:
+            figures[name] = (value, unit)
+            print(
+                f"{name:<46}{value:>10.4g} {unit:<20} {verdict(name, value)}".rstrip(), flush=True
+            )
+        write_json(out, report)
+
+
+def arguments() -> argparse.ArgumentParser:
+    "What can be asked for."
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parts = ("cpu", "gpu", "compiled")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=tuple(WAYS), help="CUDA")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="of `compiled`")
+    parser.add_argument("--limit", type=float, default=240, help="seconds of each CUDA process")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="auto", help="of the toy world's parts")
     parser.add_argument("--size", type=int, default=64, choices=(16, 32, 64), help="of the latents")
     parser.add_argument("--rounds", type=int, default=3, help="in which both sides take turns")
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"))
     parser.add_argument("--history", action="store_true", help="append to benchmarks/README.md")
-    asked = parser.parse_args()
+    parser.add_argument("--history-of", type=Path, help="only that, of a file written before")
+    return parser
+
+
+def main() -> None:
+    "Measure, print, write."
+    asked = arguments().parse_args()
+    if asked.history_of:
+        add_history(json.loads(asked.history_of.read_text()))
+        return
     torch.set_num_threads(asked.threads)
     about = about_machine() | {"device": str(pick_device(asked.device)), "size": asked.size}
     about["vector units"] = torch.backends.cpu.get_cpu_capability()
-    parts = [
-        lambda: bench_parts(pick_device(asked.device)),
-        lambda: paper_size(asked.size),
-        lambda: bench_paper(asked.size, asked.rounds),
-        lambda: bench_small_latents(asked.rounds),
-        lambda: bench_gpu(awake_paper, paper_inputs),
-    ]
-    figures = {}
-    for part in parts:
-        for name, (value, unit) in part().items():
-            figures[name] = (value, unit)
-            print(f"{name:<46}{value:>10.4g} {unit:<20}{verdict(name, value)}".rstrip(), flush=True)
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps({"about": about, "figures": figures}, indent=1) + "\n")
+    about["command"] = f"speed.py {shlex.join(sys.argv[1:])}".strip()
+    if "gpu" in about:
+        print(about["gpu"])
+    report = {"about": about}
+    measure(all_rows(asked), report, asked.out)
     print(f"written to {asked.out}")
     if asked.history:
-        add_history(figures, about)
+        add_history(report)
+    if not report["figures"]:
+        sys.exit("nothing was measured")
 
 
 if __name__ == "__main__":

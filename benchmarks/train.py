@@ -8,11 +8,14 @@ random latents and mels of the config's shapes, with recordings around the clips
 negatives want them. `paper` has the clips that it trains on, 16 x 16 latents; `paper-64` the
 64 x 64 of the paper's table of speeds. Each row is a process of its own, which takes the plain and
 the contrastive step in turn: their ratio is of medians of one run, and the first round of several
-only warms up. Memory is the process's peak resident size (ru_maxrss) after the first step of each
-kind, the plain one first; on CUDA it is `torch.cuda.max_memory_allocated`. The estimate is that of
+only warms up. On a CPU a step's time is the process's CPU time, and memory its peak resident size
+(ru_maxrss) after the first step of each kind, the plain one first. On CUDA the time is the wall's
+between two synchronisations, each row has at least 6 rounds of which 2 warm up, and memory is
+`torch.cuda.max_memory_allocated`, counted anew for each kind of step. The estimate is that of
 `cmmd.scale.memory_parts`, on a CPU with what the process had before the network. What would need
 more than --most-gib, or too long, is not run, and has an estimate only. Everything takes about
-10 minutes of one quiet core; `one` is a single row, whatever its size.
+10 minutes of one quiet core; `one` is a single row, whatever its size. The file is written again
+after each row.
 """
 
 import argparse
@@ -26,7 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from common import about_machine
+from common import about_machine, write_json
 
 from cmmd.contrastive import ContrastiveLossFn, draw_negatives
 from cmmd.core import ClipSpec, make_generator, pick_device
@@ -44,6 +47,8 @@ CONFIGS = {
 }
 BATCHES = {"tiny": 8, "small": 4, "paper": 1, "paper-64": 1}
 STEPS = {"tiny": 8, "small": 4, "paper": 2, "paper-64": 1}
+CLOCKS = "cpu_s", "wall_s"  # of a step, not on CUDA and there
+CUDA_STEPS = 6  # at least, of a row
 MARGIN, GIB = 4, 2**30
 
 
@@ -126,6 +131,7 @@ def estimate(args: argparse.Namespace, name: str) -> float:
         negatives=int(name == "contrastive"),
         gradient_checkpointing=args.checkpointing,
         mixed_precision=args.precision,
+        device=pick_device(args.device).type,
     )
     return parts.total / GIB
 
@@ -139,17 +145,19 @@ def measure(args: argparse.Namespace) -> dict:
     rounds: dict[str, list] = {name: [] for name in kinds}
     for i in range(args.steps):
         for name in kinds:
+            if device.type == "cuda" and not i:
+                torch.cuda.reset_peak_memory_stats(device)
             rounds[name].append(timed_step(trainer, name))
             if not i:
                 row[name] = {"peak_gib": peak(device) / GIB}
     for name in kinds:
-        kept = rounds[name][args.steps > 1 :]
+        kept = rounds[name][min(args.steps - 1, 2 if device.type == "cuda" else 1) :]
         for clock in ("cpu", "wall"):
             row[name][f"{clock}_s"] = statistics.median(r[clock] for r in kept)
         row[name]["clips_per_s"] = args.batch_size / row[name]["wall_s"]
     row["negatives_s"] = negatives_cost(trainer)
     if len(kinds) == 2:
-        clock = "wall_s" if device.type == "cuda" else "cpu_s"
+        clock = CLOCKS[device.type == "cuda"]
         row["ratio"] = row["contrastive"][clock] / row["plain"][clock]
     return row
 
@@ -197,25 +205,35 @@ def has_bf16(device: torch.device) -> bool:
     return flags.is_file() and any(x in flags.read_text() for x in ("avx512_bf16", "amx_bf16"))
 
 
+def most_gib(device: torch.device) -> float:
+    "What a row may need unless it is said."
+    if device.type != "cuda":
+        return 20.0
+    return 0.9 * torch.cuda.get_device_properties(device).total_memory / GIB
+
+
 def rows(args: argparse.Namespace) -> Iterator[dict]:
     "All rows, one by one."
     device = pick_device(args.device)
-    precisions = ["no", *(["bf16"] if has_bf16(device) else [])]
+    cuda = device.type == "cuda"
+    precisions, least = ["no", *(["bf16"] if has_bf16(device) else [])], CUDA_STEPS if cuda else 1
     for name in args.configs:
-        slow = name == "paper-64" and device.type == "cpu"
-        given = {"configs": [name], "steps": args.steps or STEPS[name], "long": False}
+        slow = name == "paper-64" and not cuda
+        given = {"configs": [name], "long": False}
+        given["steps"] = args.steps or max(STEPS[name], least)
         given["batch_size"] = args.batch_size or BATCHES[name]
         for precision in precisions:
             for checkpointing in (False, True):
                 only = "plain" if slow and checkpointing else args.only
                 how = {"checkpointing": checkpointing, "precision": precision, "only": only}
                 yield child(args, **given | how)
-        given |= {"only": "contrastive", "steps": 1, "long": slow, "precision": "no"}
+        given |= {"only": "contrastive", "steps": least, "long": slow}
+        given["precision"] = precisions[-1] if cuda else "no"  # CUDA: as training does it there
         for size, checkpointing in ((2, False), (8, False), (8, True)):
             yield child(args, **given | {"batch_size": size, "checkpointing": checkpointing})
 
 
-HEAD = ("config", "batch", "ckpt", "type", "step", "CPU s", "clips/s", "GiB", "estimate", "ratio")
+HEAD = ("config", "batch", "ckpt", "type", "step", "{} s", "clips/s", "GiB", "estimate", "ratio")
 WIDTHS = (9, 6, 5, 5, 12, 8, 8, 7, 9, 6)
 
 
@@ -224,7 +242,7 @@ def aligned(cells) -> str:
     return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS))
 
 
-def lines(row: dict) -> list[str]:
+def lines(row: dict, clock: str) -> list[str]:
     "A row of the table per kind of step; a dash where it was not run."
     found = []
     about = [row["config"], row["batch_size"], "yes" if row["checkpointing"] else "no"]
@@ -233,7 +251,7 @@ def lines(row: dict) -> list[str]:
         cells = ["-"] * 3
         if name in row:
             r = row[name]
-            cells = [f"{r['cpu_s']:.4g}", f"{r['clips_per_s']:.3g}", f"{r['peak_gib']:.2f}"]
+            cells = [f"{r[clock]:.4g}", f"{r['clips_per_s']:.3g}", f"{r['peak_gib']:.2f}"]
         guess += row.get("before_gib", 0)
         ratio = f"{row['ratio']:.2f}" if "ratio" in row and name == "contrastive" else ""
         found.append(aligned([*about, name, *cells, f"{guess:.2f}", ratio]))
@@ -253,8 +271,8 @@ def main() -> None:
     p.add_argument("--checkpointing", action="store_true", help="of `one`")
     p.add_argument("--precision", choices=("no", "bf16"), default="no", help="of `one`")
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--most-gib", type=float, default=20.0, help="no row that needs more is run")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--most-gib", type=float, help="no row that needs more; default 20, CUDA's 90%%")
     p.add_argument("--out", type=Path, default=Path("runs/train.json"))
     args = p.parse_args()
     torch.set_num_threads(args.threads)
@@ -263,13 +281,15 @@ def main() -> None:
         args.batch_size = args.batch_size or BATCHES[args.configs[0]]
         print(json.dumps(measure(args)))
         return
-    report = {"about": about_machine() | {"device": str(pick_device(args.device))}, "rows": []}
-    print(aligned(HEAD))
+    device = pick_device(args.device)
+    clock = CLOCKS[device.type == "cuda"]
+    args.most_gib = args.most_gib or most_gib(device)
+    report = {"about": about_machine() | {"device": str(device), "clock": clock}, "rows": []}
+    print(aligned(HEAD).replace("{}", {"cpu_s": "CPU", "wall_s": "wall"}[clock]))
     for row in rows(args):
         report["rows"].append(row)
-        print(*lines(row), sep="\n", flush=True)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        print(*lines(row, clock), sep="\n", flush=True)
+        write_json(args.out, report)
     print(f"written to {args.out}")
 
 

@@ -38,11 +38,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 # %% ../nbs/52_pipeline.ipynb #4fca96b0
-from .checkpoint import load_checkpoint
+from .checkpoint import CheckpointError, list_checkpoints, load_checkpoint
 from .core import ClipSpec, check_finite, check_range, check_shape, data_path, make_generator
 from .core import pick_device
 from .guidance import DDIM, Generated, Sampler, generate
-from .latents import decode_video, encode_video, load_vae
+from .latents import HUB_NAMES, decode_video, encode_video, load_vae
 from .media import Clip, MediaError, crossfade, mux_audio, power_fade, read_media, windows
 from .media import write_clip, write_wav
 from .mel import denormalise_mel, griffin_lim, log_mel, normalise_mel
@@ -86,11 +86,11 @@ def find_model(
     places = [data_path("weights", given.name)] if given.name == str(name_or_path) else []
     for folder in map(_own_folder, (*places, given)):
         if (folder / "config.json").is_file(): return folder
+    if found := list_checkpoints(given):
+        raise ModelError(f"no model in {given}: its run is not finished; take {found[0]}")
     names = ", ".join(map(repr, shipped_models(kind))) or "a name"
-    raise ModelError(
-        f"no model {str(name_or_path)!r}: expected {names}, or a folder with config.json "
-        "and diffusion_pytorch_model.safetensors"
-    )
+    raise ModelError(f"no model {str(name_or_path)!r}: expected {names}, or a folder with "
+                     "config.json and diffusion_pytorch_model.safetensors")
 
 # %% ../nbs/52_pipeline.ipynb #be712ab5
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -109,15 +109,24 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in state.items()}
 
 
-_MOST = {"n_blocks": 64, "layers_per_block": 64}  # deeper ones would take for ever to build
-
-
 def _build(kind: type, folder: Path) -> nn.Module:
     "A network of this class from config.json and safetensors, frozen, in eval mode, float32."
     state, config = _read_weights(folder), folder / "config.json"
     try:
         if config.stat().st_size > 1_000_000: raise ValueError(f"{config} is too large")
         values = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{folder}: weights and config.json do not fit: {reason}") from None
+    return _put_together(kind, values, state=state, folder=folder)
+
+# %% ../nbs/52_pipeline.ipynb #17cbb458
+_MOST = {"n_blocks": 64, "layers_per_block": 64}  # deeper ones would take for ever to build
+
+
+def _put_together(kind: type, values: dict, *, state: dict[str, Tensor], folder: Path) -> nn.Module:
+    "A network of these sizes and tensors, every name and shape compared."
+    try:
         if any(values.get(name, 1) > most for name, most in _MOST.items()) or any(
                 len(value) > 64 for value in values.values() if isinstance(value, list)):
             raise ValueError("more than 64 blocks or levels")
@@ -128,14 +137,28 @@ def _build(kind: type, folder: Path) -> nn.Module:
         raise ModelError(f"{folder}: weights and config.json do not fit: {reason}") from None
     return model.eval().requires_grad_(False)
 
+
+def _of_checkpoint(folder: Path) -> nn.Module:
+    "The averaged weights of a training run's checkpoint, after all of its checks."
+    try: found = load_checkpoint(folder)
+    except CheckpointError as error: raise ModelError(str(error)) from None
+    model, known = found.config.get("model"), found.tensors
+    if not isinstance(model, dict) or model.get("class") != "CMMDUNet" or "ema" not in known:
+        raise ModelError(f"{folder} is a checkpoint, but of no CMMD model")
+    state = {name: tensor.float() for name, tensor in known["ema"].items()}
+    sizes = {k: v for k, v in model.items() if k != "class"}
+    return _put_together(CMMDUNet, sizes, state=state, folder=folder)
+
 # %% ../nbs/52_pipeline.ipynb #433a5825
 def load_model(
     name_or_path: str
-    | Path = "toy-bounce",  # a shipped model's name; a model's, a pipeline's or a run's folder
+    | Path = "toy-bounce",  # a shipped name; the folder of a model, pipeline, run or checkpoint
     device: str | torch.device = "cpu",  # as in `pick_device`
 ) -> CMMDUNet:                            # frozen, in eval mode, float32
     "A trained model from config.json and safetensors: no code is run and no pickle is read."
     config = find_model(name_or_path) / "config.json"
+    if (config.parent / "manifest.json").is_file():
+        return _of_checkpoint(config.parent).to(pick_device(str(device)))
     if class_name(config) != "CMMDUNet":
         raise ModelError(
             f"{config} is not a CMMD model's: its _class_name is {class_name(config)!r}"
@@ -410,8 +433,11 @@ def generate_clips(
         message = str(e).strip().split("\n")[0] or "memory is full"
     given = next((x for x in (video, audio) if x is not None), None)
     n = shape[0] if given is None else len(given)
-    raise MemoryError(f"out of memory, batch of {n} ({message}); take fewer or shorter clips at a "
-                      "time, guidance_weight=0 (no backward pass), or a smaller model")
+    frames = shape[1] if given is None else given.shape[1]
+    if audio is not None: frames = frames_of(frames, model.config.clip)
+    raise MemoryError(f"out of memory for {n} x {frames} frames, clips x frames ({message}); take "
+                      "fewer or shorter clips at a time, guidance_weight=0 (no backward pass), or "
+                      "a smaller model")
 
 # %% ../nbs/52_pipeline.ipynb #85151181
 def _check_frames(video: Tensor, clip: ClipSpec, axes: str="f") -> Tensor:
@@ -853,7 +879,10 @@ def _sampling(num_inference_steps: int, weight: float|None, solver: Sampler|None
 def _shipped_vae(model: CMMDUNet) -> nn.Module:
     try: return load_vae(model.config.vae, device=model.device)
     except (OSError, ValueError) as error:
-        raise ModelError("\n".join(str(error).splitlines()[:3])) from None
+        lines, name = str(error).splitlines()[:3], model.config.vae
+        if name in HUB_NAMES: lines[-1] = (f"or fetch them once: hf download {HUB_NAMES[name]} "
+                                           "config.json diffusion_pytorch_model.safetensors")
+        raise ModelError("\n".join(lines)) from None
 
 
 def _shipped_generator(model: CMMDUNet) -> tuple[MelGANGenerator|None, str]:

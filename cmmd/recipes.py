@@ -170,6 +170,17 @@ def _part(section: str, values: dict[str, Any]) -> dict[str, Any]:
     return {k.rpartition(".")[2]: v for k, v in values.items() if k.rpartition(".")[0] == section}
 
 
+def _train_config(values: dict[str, Any]) -> TrainConfig:
+    "Of its values; where a recipe starts behind its last step, the error says what to set."
+    try: return TrainConfig(**_part("train", values))
+    except ValueError as error:
+        start, steps = (values.get(f"train.{k}", getattr(TrainConfig, k)) for k in
+                        ("start_step", "steps"))
+        if not 0 < steps <= start: raise
+        raise ValueError(f"{error}. For {steps} steps more set train.steps={start + steps}; for "
+                         "a model that has none behind it train.start_step=0") from None
+
+
 def build_recipe(
     name: str,               # for people
     values: dict[str, Any],  # keys with their sections -> values of their types
@@ -191,7 +202,7 @@ def build_recipe(
         raise ValueError(f"contrastive.{next(iter(contrast))} needs a contrastive.weight: this "
                          "recipe has none")
     term = ContrastiveConfig(**contrast) if contrast.get("weight") else None
-    return Recipe(name, model, TrainConfig(**_part("train", values)), term)
+    return Recipe(name, model, _train_config(values), term)
 
 # %% ../nbs/47_recipes.ipynb #f7212f84
 def read_change(

@@ -8,20 +8,22 @@ __all__ = ['PRECISIONS', 'activation_bytes', 'MemoryParts', 'memory_parts', 'for
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .contrastive import ContrastiveConfig
 from .core import check_choice, check_range, pick_device
-from .train import TrainConfig
+from .train import TrainConfig, is_out_of_memory, pick_precision
 from .unet import CMMDUNet, UNetConfig
 
 # %% ../nbs/46_scale.ipynb #f63812de
@@ -52,6 +54,20 @@ def _noted_blocks(model: nn.Module, kept: dict, own: set) -> Iterator[list[dict]
     finally: model._gradient_checkpointing_func = before
 
 # %% ../nbs/46_scale.ipynb #eee953aa
+@contextmanager
+def _autocast(kind: str, dtype: torch.dtype|None) -> Iterator[None]:
+    "Autocast with the rules of a kind of device, also where there is no such device."
+    before = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    torch.set_autocast_enabled(kind, dtype is not None)
+    torch.set_autocast_dtype(kind, dtype or before[1])
+    torch.autocast_increment_nesting()
+    try: yield
+    finally:
+        if not torch.autocast_decrement_nesting(): torch.clear_autocast_cache()
+        torch.set_autocast_enabled(kind, before[0])
+        torch.set_autocast_dtype(kind, before[1])
+
+
 def activation_bytes(
     model: nn.Module,  # a network in training mode, gradient checkpointing switched on or off
     *inputs: Tensor,   # what it is called with
@@ -59,7 +75,7 @@ def activation_bytes(
 ) -> int:              # each piece of memory counted once, the weights not at all
     "Bytes that a forward pass keeps for the backward pass; of recomputed blocks only the largest."
     own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
-    autocast = torch.autocast(inputs[0].device.type, dtype, enabled=dtype is not None)
+    autocast = _autocast(inputs[0].device.type, dtype)
     hooks = torch.autograd.graph.saved_tensors_hooks(_note(kept, own), lambda x: x)
     with _noted_blocks(model, kept, own) as blocks, hooks, autocast: made = model(*inputs)
     del made  # only now: its graph keeps what was counted
@@ -86,8 +102,11 @@ class MemoryParts:
 
 
 def _check_config(config: UNetConfig) -> UNetConfig:
-    if isinstance(config, UNetConfig): return config
-    raise TypeError(f"config must be a UNetConfig, got {type(config).__name__}")
+    if not isinstance(config, UNetConfig):
+        raise TypeError(f"config must be a UNetConfig, got {type(config).__name__}")
+    if config.fusion == "window":  # how many columns a frame reads is a number in a tensor
+        raise ValueError("fusion 'window' cannot be counted without numbers, 'easy' can")
+    return config
 
 
 def _network(config: UNetConfig, gradient_checkpointing: bool=False) -> nn.Module:
@@ -109,15 +128,28 @@ def _whole(name: str, value: int, least: int) -> int:
     return check_range(name, value, least)
 
 
+class _FusedAttention(TorchFunctionMode):
+    "Attention by a GPU's kernel, which keeps no weight for each pair of places."
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        masked = kwargs or any(x is not None for x in args[3:])
+        if masked or function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        return torch.ops.aten._scaled_dot_product_efficient_attention(*args[:3], None, True)[0]
+
+
 @lru_cache(maxsize=64)
-def _counted(config: UNetConfig, pairs: int, gradient_checkpointing: bool, dtype) -> tuple:
+def _counted(config: UNetConfig, pairs: int, gradient_checkpointing: bool, dtype,
+             device: str) -> tuple[int, int]:
     "Bytes of the weights and of the activations."
-    with FakeTensorMode():
+    with torch.enable_grad():  # autograd looks for GPUs now, while there are only real ones
+        torch.ones((), device="cpu", requires_grad=True).backward()
+    attention = _FusedAttention() if device == "cuda" else nullcontext()
+    with FakeTensorMode(), torch.device(device), attention, torch.enable_grad():
         model = _network(config, gradient_checkpointing)
         kept = activation_bytes(model, *_inputs(config, pairs), dtype=dtype)
         return sum(p.nbytes for p in model.parameters()), kept
 
-
+# %% ../nbs/46_scale.ipynb #6ee74aa8
 def memory_parts(
     config: UNetConfig,  # of the network
     *,
@@ -126,13 +158,15 @@ def memory_parts(
     gradient_checkpointing: bool=False,  # keep only each block's inputs, and compute it again
     mixed_precision: str="no",  # "no", "bf16", "fp16"
     processes: int=1,    # of the whole run
+    device: str="cpu",   # "cpu" or "cuda", whose rules are counted; it need not be here
 ) -> MemoryParts:        # of one process
     "What a training step needs, counted with tensors that have a shape and no numbers."
     _whole("batch_size", batch_size, 1), _whole("negatives", negatives, 0)
     _whole("processes", processes, 1)
     check_choice("mixed_precision", mixed_precision, PRECISIONS)
+    check_choice("device", device, ("cpu", "cuda"))
     weights, kept = _counted(_check_config(config), batch_size * (1 + 2 * negatives),
-                             gradient_checkpointing, PRECISIONS[mixed_precision])
+                             gradient_checkpointing, PRECISIONS[mixed_precision], device)
     return MemoryParts(weights, weights, 2 * weights, 2 * weights, kept,
                        weights if processes > 1 else 0)
 
@@ -147,6 +181,7 @@ def forward_flops(
     if not isinstance(config, UNetConfig):
         raise TypeError("model_or_config must be a UNetConfig or a network that has one, got "
                         f"{type(model_or_config).__name__}")
+    _check_config(config)
     if n_frames is not None: _whole("n_frames", n_frames, 1)
     kind = CMMDUNet if model_or_config is config else type(model_or_config)
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -186,7 +221,8 @@ def step_seconds(
     check_choice("mixed_precision", mixed_precision, PRECISIONS)
     device, dtype = pick_device(device), PRECISIONS[mixed_precision]
     _check_config(config)
-    with torch.random.fork_rng(): model = _network(config, gradient_checkpointing).to(device)
+    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
+        model = _network(config, gradient_checkpointing).to(device)
     adam = torch.optim.Adam(model.parameters(), lr=0., fused=True)
     ema = EMAModel(model.parameters(), foreach=device.type == "cuda")
     inputs = [x.to(device) for x in _inputs(config, pairs)]
@@ -224,7 +260,7 @@ class Plan:
     "What a run will take, before it starts."
     parameters: int               # of the network
     memory: MemoryParts           # of one process
-    capacity: int|None            # bytes of the device in all; None where unknown
+    capacity: int|None            # bytes of the device, as in `device_memory`
     flops_per_step: int           # of all processes, forward and backward
     seconds_per_step: float|None  # from a micro-step measured here; None where there was none
     steps: int                    # still to do
@@ -236,12 +272,14 @@ class Plan:
     precision: str                # "no", "bf16", "fp16"
     data_clips: int|None = None   # in the data set, where known
     knobs: tuple[tuple[str, int], ...] = ()  # what would help, and a process's bytes with it
+    ran_out: bool = False         # memory, when a micro-step was tried
 
     @property
     def needed(self) -> int:  # bytes on one device; processes on a CPU share its memory
         return self.memory.total * (self.processes if self.device == "cpu" else 1)
     @property
-    def fits(self) -> bool: return self.capacity is None or self.needed <= self.capacity
+    def fits(self) -> bool:
+        return not self.ran_out and (self.capacity is None or self.needed <= self.capacity)
     @property
     def clips(self) -> int: return self.steps * self.batch_size
     @property
@@ -268,9 +306,11 @@ def _plan_lines(p: Plan) -> list[str]:
     names = {"optimizer": "Adam", "ema": "averages"}
     parts = ", ".join(f"{names.get(k, k)} {_amount(n)}" for k, n in asdict(p.memory).items() if n)
     has = "of unknown memory" if p.capacity is None else f"of {_amount(p.capacity)}"
+    if p.capacity is not None and p.device == "cuda": has += ", free less 1 GiB for CUDA itself"
     verdict = "fits" if p.fits else "DOES NOT FIT"
     known = p.data_clips and f", {p.clips / p.data_clips:,.1f} epochs of {p.data_clips:,}"
-    spent = "not measured" if p.seconds is None else (
+    tried = ": a micro-step was tried here and ran out of memory" if p.ran_out else ""
+    spent = f"not measured{tried}" if p.seconds is None else (
         f"{_duration(p.seconds_per_step)} a step from a micro-step measured here on {p.device}, "
         f"{_duration(p.seconds)} for {_count(p.steps, 'step')}")
     rows = [("parameters", f"{p.parameters / 1e6:.2f} M"),
@@ -289,10 +329,10 @@ def _plan_lines(p: Plan) -> list[str]:
 # %% ../nbs/46_scale.ipynb #12223e66
 def device_memory(
     device: str="auto",  # as in `pick_device`
-) -> int|None:           # bytes in all; None where the system does not say
-    "Memory of a GPU, or of this machine within the limit that its container sets."
+) -> int|None:           # bytes for a run; None where the system does not say
+    "A GPU's free memory less 1 GiB for CUDA itself; or this machine's, within its container's."
     where = pick_device(device)
-    if where.type == "cuda": return torch.cuda.mem_get_info(where)[1]
+    if where.type == "cuda": return max(0, torch.cuda.mem_get_info(where)[0] - 2**30)
     known = []
     try: known.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, OSError, ValueError): pass  # not a Unix
@@ -327,14 +367,11 @@ def _piece(c: TrainConfig, contrast: ContrastiveConfig|None, processes: int, whe
     if c.batch_size % pieces:
         raise ValueError("batch_size must be a multiple of processes x gradient_accumulation "
                          f"= {pieces}, got {c.batch_size}")
-    precision = c.mixed_precision
-    if precision == "auto": precision = "bf16" if where.type == "cuda" else "no"
-    if precision == "fp16" and where.type != "cuda":
-        raise ValueError(f"mixed_precision 'fp16' needs a CUDA GPU, got the device {where}; "
-                         "use 'no' or 'bf16'")
     return {"batch_size": c.batch_size // pieces, "processes": processes,
             "negatives": contrast.n_negatives if contrast and contrast.weight else 0,
-            "gradient_checkpointing": c.gradient_checkpointing, "mixed_precision": precision}
+            "gradient_checkpointing": c.gradient_checkpointing,
+            "mixed_precision": pick_precision(c.mixed_precision, where),
+            "device": "cuda" if where.type == "cuda" else "cpu"}
 
 # %% ../nbs/46_scale.ipynb #e11982bf
 def plan_run(
@@ -358,8 +395,13 @@ def plan_run(
     plan = Plan(memory.weights // 4, memory, device_memory(device), flops, None,
                 max(0, c.steps - c.start_step), c.batch_size, asked["batch_size"], pairs, processes,
                 where.type, how["mixed_precision"], data_clips)
+    at_once = asked["batch_size"] if where.type == "cuda" else 1  # a CPU's time grows evenly
+    try:
+        if plan.fits and measure:
+            work, update = step_seconds(model_config, pairs=at_once * pairs, device=device, **how)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error): raise
+        plan = replace(plan, ran_out=True)
     if not plan.fits: return replace(plan, knobs=_knobs(model_config, asked))
     if not measure: return plan
-    at_once = asked["batch_size"] if where.type == "cuda" else 1  # a CPU's time grows evenly
-    work, update = step_seconds(model_config, pairs=at_once * pairs, device=device, **how)
     return replace(plan, seconds_per_step=work * (c.batch_size // processes // at_once) + update)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .core import ClipSpec, check_range
-from .datasets import VIDEO_FILES, Source, SourceList, printable
+from .datasets import (VIDEO_FILES, Source, SourceList, check_folder, linked_folders,
+                           printable)
 
 # %% ../nbs/26_sources.ipynb #ae7f9db2
 AIST_NAME = re.compile(r"g(?P<genre>[A-Z]{2})_(?P<situation>s[A-Z]{2})_(?P<camera>c\d\d|cAll)_"
@@ -69,10 +70,14 @@ def _read_list(path: Path) -> set[str]:
 
 def _find_videos(folder: str|Path) -> dict[str, Path]:
     "Video files by name without ending; the first of those that share a name, in order."
-    if not Path(folder).is_dir(): raise FileNotFoundError(f"there is no folder {str(folder)!r}")
-    paths = sorted(Path(place, n) for place, _, names in os.walk(folder) for n in names)
+    walk = os.walk(check_folder(folder))
+    paths = sorted(Path(place, n) for place, _, names in walk for n in names)
     films = [p for p in paths if p.suffix.lower()[1:] in VIDEO_FILES]
     return {p.stem: p for p in reversed(films)}
+
+
+def _links(folder: str|Path) -> dict[str, str]:
+    return {name: "a link to a folder, which is not followed" for name in linked_folders(folder)}
 
 
 def _aist_verdict(name: AISTName, lists: dict[str, set]) -> str:
@@ -107,7 +112,7 @@ def aist_sources(
             sources.append(Source(stem, str(path), verdict, about=about))
     for sequence in sorted((given["train"] | given["test"]) - given["ignore"] - seen):
         missing[sequence] = "no video of it is in the folder"
-    return SourceList(tuple(sources), missing)
+    return SourceList(tuple(sources), missing | _links(folder), (str(folder),))
 
 # %% ../nbs/26_sources.ipynb #d53ff3cc
 EPIC_RATE = 24_000   # Hz: what start_sample and stop_sample count
@@ -162,4 +167,4 @@ def epic_sources(
             if film: sources.append(source)
             else: absent[row["video_id"]] = absent.get(row["video_id"], 0) + 1
     missing |= {video: f"no such video ({n} annotations)" for video, n in sorted(absent.items())}
-    return SourceList(tuple(sources), missing)
+    return SourceList(tuple(sources), missing | _links(folder), (str(folder),))

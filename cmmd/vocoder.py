@@ -24,7 +24,7 @@ from .melgan import lsgan_discriminator_loss, lsgan_generator_loss, match_mel, m
 from .melgan import random_biquad, speak, stft_pairs
 from .soundbank import SoundBank
 from .train import RunConfig, StepData, Trainer, TrainResult, clip_index, run_training
-from .train import unscale_gradients
+from .train import release_on_error, unscale_gradients, within_memory
 
 # %% ../nbs/45_vocoder.ipynb #243be59e
 @dataclass(frozen=True)
@@ -213,10 +213,10 @@ class VocoderTrainer(SoundTrainer):
         device: str="auto",                  # as in `pick_device`
     ):
         super().__init__(generator, bank, config=config, device=device)
-        self.discriminator = discriminator.train()
-        self.judge = self.accelerator.prepare(discriminator)
+        vars(discriminator).pop("_is_accelerate_prepared", None)
+        self.discriminator = self.modules["discriminator"] = discriminator.train()
+        with release_on_error(self): self.judge = self.accelerator.prepare(discriminator)
         self.judge_params = list(discriminator.parameters())
-        self.modules["discriminator"] = discriminator
         self.optimizers["discriminator_optimizer"] = self.make_optimizer(self.judge_params)
 
     def gradients(self, batches: list[SoundBatch]) -> dict[str, float]:
@@ -350,11 +350,12 @@ def train_vocoder(
     resume: bool|str|Path=False,                   # True: the newest good checkpoint; or a path
     device: str="auto",                            # as in `pick_device`
 ) -> TrainResult:
-    "Train a vocoder; with `out_dir` it can be killed at any moment and resumed bit for bit."
+    "Train a vocoder; with `out_dir` it can be killed and resumed, on the CPU bit for bit."
     draws = generator.config.stft_hop > 1
     config = config or (VocoderConfig.spectral() if draws else VocoderConfig.tiny())
-    if draws: trainer = SoundTrainer(generator, bank, config=config, device=device)
-    else:
-        discriminator = discriminator or new_vocoder(seed=config.seed)[1]
-        trainer = VocoderTrainer(generator, discriminator, bank, config=config, device=device)
+    def make():
+        if draws: return SoundTrainer(generator, bank, config=config, device=device)
+        judge = discriminator or new_vocoder(seed=config.seed)[1]
+        return VocoderTrainer(generator, judge, bank, config=config, device=device)
+    trainer = within_memory(make, config)
     return run_training(trainer, out_dir=out_dir, on_log=on_log, resume=resume)

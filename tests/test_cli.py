@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+import typer
 from safetensors.torch import load_file
 
 from cmmd import cli
@@ -337,7 +339,9 @@ def test_train_vocoder_names_what_it_cannot_use(sounds, tmp_path, capsys):
     assert "nothing" in check_error(capsys, 1, "train-vocoder", "--out", out, "--data", empty)
     (empty / "a.tar").write_bytes(b"no archive")
     assert "a.tar" in check_error(capsys, 1, "train-vocoder", "--out", out, "--data", empty)
-    assert "no model" in check_error(capsys, 1, "train-vocoder", "--out", out, "--start", empty)
+    assert "no model" in check_error(
+        capsys, 1, "train-vocoder", "--out", out, "--start-from", empty
+    )
     data = some_of(sounds, tmp_path / "data", "good.wav", "text.wav")
     err = check_error(capsys, 1, "train-vocoder", "--out", out, "--data", data)
     assert "--allow-bad" in err and "1 of 2" in err and "text.wav" in err
@@ -441,8 +445,8 @@ def test_help_names_every_option(capsys):
         (
             "train-vocoder",
             "--out --data --config --n-sounds --steps --batch-size --learning-rate --seed "
-            "--data-seed --save-every --sequence --resume --start --allow-bad --cache --device "
-            "--threads --overwrite".split(),
+            "--data-seed --save-every --sequence --resume --start-from --allow-bad --cache "
+            "--device --threads --overwrite".split(),
         ),
     ],
 )
@@ -471,7 +475,7 @@ def test_the_documented_command_of_the_shipped_vocoder(tmp_path, monkeypatch, ca
     out = tmp_path / "runs" / "tiny-vocoder"
     assert run(capsys, "train-vocoder", "--out", out, "--seed", "0", "--device", "cpu")[0] == 1
     assert got["sounds"] == (2000, {"seed": 0, "sample_rate": 16_000}) and got["bank"] == "bank"
-    assert got["config"] == VocoderConfig.tiny(seed=0, progress=True)
+    assert got["config"] == VocoderConfig.tiny(seed=0)
     assert got["out_dir"] == out and got["resume"] is False
     for given, wanted in zip((got["generator"], got["discriminator"]), new_vocoder("tiny", seed=0)):
         state = wanted.state_dict()
@@ -500,7 +504,7 @@ def test_options_reach_the_vocoders_training(voice, tmp_path, monkeypatch, capsy
     )
     assert code == 130 and err == "cmmd train-vocoder: interrupted\n"
     wanted = {"steps": 7, "batch_size": 2, "learning_rate": 0.5, "sequence": 2048, "seed": 3}
-    assert got["config"] == VocoderConfig.paper(save_every=4, progress=True, **wanted)
+    assert got["config"] == VocoderConfig.paper(save_every=4, **wanted)
     assert got["resume"] is True and got["bank"].ids == ("made-5-0", "made-5-1")
     assert got["generator"].config.ngf == 4 and got["generator"].training
     assert sum(p.numel() for p in got["discriminator"].parameters()) == 16_924_086
@@ -737,7 +741,7 @@ def test_the_documented_command_of_the_shipped_model(tmp_path, monkeypatch, caps
     given = "--config tiny --data toy:bounce --n-clips 16 --vae tiny --steps 9000 --seed 1"
     out = tmp_path / "a"
     assert run(capsys, "train", *given.split(), "--threads", "1", "--out", out)[0] == 130
-    assert got["config"] == TrainConfig.tiny(steps=9000, seed=1, progress=True)
+    assert got["config"] == TrainConfig.tiny(steps=9000, seed=1)
     data = toy_dataset(16, load_vae("tiny"), seed=1)
     assert got["data"].fingerprint == data.fingerprint and got["loss_fn"] is joint_loss_fn
     sizes = UNetConfig.tiny(vae="tiny", mel_mean=data.mel_mean, mel_std=data.mel_std)
@@ -758,7 +762,7 @@ def test_options_and_set_reach_the_training(tmp_path, monkeypatch, capsys):
     assert run(capsys, "train", "--out", out, *given.split(), "--n-clips", "4")[0] == 130
     changes = dict(mixed_precision="no", compile=True, gradient_accumulation=2, num_workers=1)
     assert got["config"] == TrainConfig.paper_contrastive(
-        steps=400_001, seed=4, gradient_checkpointing=True, progress=True, **changes
+        steps=400_001, seed=4, gradient_checkpointing=True, **changes
     )
     term = got["loss_fn"].config
     assert term == ContrastiveConfig(5e-5, "mixture") and got["data"].margin == 4
@@ -786,7 +790,7 @@ def test_plan_needs_no_data_and_writes_nothing(prepared, untrained, tmp_path, mo
         "none": (),
         "toy": ("--data", "toy:dance", "--n-clips", "500"),
         "prepared": ("--data", prepared),
-        "start": ("--start", untrained),
+        "start": ("--start-from", untrained),
         "set": ("--set", "n_blocks=1", "--contrast-weight", "0.1", "--out", "r"),
     }.items():
         code, out, err = run(capsys, "train", "--plan", "--device", "cpu", *given)
@@ -794,10 +798,15 @@ def test_plan_needs_no_data_and_writes_nothing(prepared, untrained, tmp_path, mo
         lines[name] = out.splitlines()
     assert lines["none"][0].startswith("recipe      tiny, hash ")
     assert "2.52 M" in lines["none"][1] and lines["set"][1] != lines["none"][1]
+    assert all(x[-1].startswith("clips       vae tiny, 64 px, 18 frames") for x in lines.values())
     assert list(tmp_path.iterdir()) == [] and contents(prepared) == before
 
 
-def test_a_run_keeps_its_recipe_and_resumes_only_with_it(tmp_path, capsys):
+def never(*_, **__):
+    raise AssertionError("clips were made before the settings were compared")
+
+
+def test_a_run_keeps_its_recipe_and_resumes_only_with_it(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     line = ("train", "--out", out, *FEW, "--set", "ema_decay=0.9", "--steps", "2")
     assert run(capsys, *line)[0] == 0
@@ -813,10 +822,15 @@ def test_a_run_keeps_its_recipe_and_resumes_only_with_it(tmp_path, capsys):
         (("--set", "ema_decay=0.9", "--seed", "1"), "train.seed: 0 there, 1 here"),
         (("--set", "ema_decay=0.9", "--set", "n_blocks=1"), "n_blocks"),
         (("--set", "ema_decay=0.9", "--contrast-weight", "0.1"), "loss"),
+        (("--set", "ema_decay=0.9", "--data", "toy:dance"), "clips toy:bounce, 16 of seed 0 there"),
+        (("--set", "ema_decay=0.9", "--data-seed", "5"), "toy:bounce, 16 of seed 5 here"),
+        (("--set", "ema_decay=0.9", "--n-clips", "8"), "data.clips: 16 there, 8 here"),
     ):
+        monkeypatch.setattr("cmmd.datasets.toy_dataset", never)
         given = ("train", "--out", out, *FEW, "--steps", "2", "--resume", *change)
         code, _, err = run(capsys, *given)
         assert code == 1 and word in err and len(err.splitlines()) <= 3, err
+    monkeypatch.undo()
     assert run(capsys, *line, "--resume", "--save-every", "7")[0] == 0
     again = tmp_path / "again"
     assert (
@@ -849,7 +863,7 @@ def test_data_of_another_vae_are_refused_by_name(prepared, untrained, tmp_path, 
         ("train", *out, "--data", prepared, "--vae", "taesd"),
         ("train", *out, "--data", prepared, "--set", "model.vae=taesd"),
         ("train", *out, "--data", prepared, "--start", same_mels(other, prepared)),
-        ("train", *out, "--vae", "tiny", "--start", other, "--n-clips", "2"),
+        ("train", *out, "--vae", "tiny", "--start-from", other, "--n-clips", "2"),
         ("evaluate", *out, "--model", other, "--data", prepared),
         ("evaluate", *out, "--model", untrained, "--model", other, "--train-data", prepared),
     ):
@@ -880,8 +894,8 @@ def test_a_resumed_run_refuses_the_clips_of_another_vae(prepared, tmp_path, caps
 
 def test_a_started_network_cannot_be_reshaped(untrained, prepared, tmp_path, capsys):
     out = ("train", "--out", tmp_path / "r", "--n-clips", "2", "--device", "cpu")
-    err = check_error(capsys, 1, *out, "--start", untrained, "--set", "n_blocks=1")
-    assert "model.n_blocks" in err and "--start" in err
+    err = check_error(capsys, 1, *out, "--start-from", untrained, "--set", "n_blocks=1")
+    assert "model.n_blocks" in err and "--start-from" in err
     err = check_error(capsys, 1, *out, "--data", prepared, "--set", "frame_size=128")
     assert "model.clip.frame_size" in err and "prepared" in err
 
@@ -909,6 +923,245 @@ def test_one_of_several_processes(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr("cmmd.core.pick_device", lambda name: torch.device("cuda"))
     assert cli.Machine().ready() == "cuda:3"
+
+
+# ---- what a practitioner met
+@pytest.mark.parametrize("command", ["train", "train-vocoder", "prepare"])
+def test_launchers_leave_our_options_to_us(command):
+    "No option begins as two of theirs do, which they would refuse as ambiguous."
+    launch = pytest.importorskip("accelerate.commands.launch")
+    from torch.distributed.run import get_args_parser
+
+    found = typer.main.get_command(cli.app).commands[command].params
+    names = [name for p in found for name in p.opts[:1] if name.startswith("--")]
+    assert len(names) > 10 and (command == "prepare" or "--start-from" in names)
+    for parser in (get_args_parser(), launch.launch_command_parser()):
+        for name in names:
+            given = ["-m", "cmmd.cli", command, name, "x"]
+            assert parser.parse_args(given).training_script_args == given[2:], name
+    with pytest.raises(SystemExit):
+        get_args_parser().parse_args(["-m", "cmmd.cli", "train", "--start", "x"])
+
+
+def test_start_has_an_older_name(untrained, tmp_path, monkeypatch, capsys):
+    for name in ("--start", "--start-from"):
+        got = caught_train(monkeypatch)
+        given = ("--out", tmp_path / "r", "--n-clips", "2", "--device", "cpu", name, untrained)
+        assert run(capsys, "train", *given)[0] == 130
+        state = load_model(untrained).state_dict()
+        assert all(torch.equal(x, state[k]) for k, x in got["model"].state_dict().items())
+
+
+def test_sizes_that_are_not_the_recipes_are_said(
+    prepared, untrained, tmp_path, monkeypatch, capsys
+):
+    out = ("train", "--out", tmp_path / "r", "--n-clips", "2", "--device", "cpu")
+    small = ("--config", "small")
+    for given, line in (
+        (
+            ("--data", prepared, *small),
+            f"{prepared} has vae tiny, 64 px; recipe small says vae "
+            "sd-vae-ft-mse, 128 px: training on the data's",
+        ),
+        (
+            small,
+            "toy:bounce has vae tiny; recipe small says vae sd-vae-ft-mse: training on the data's",
+        ),
+        (
+            ("--start-from", untrained, *small),
+            f"--start-from {untrained} brings its own network: "
+            "the sizes of recipe small do not count",
+        ),
+        (("--data", prepared), ""),
+        (("--start-from", untrained), ""),
+    ):
+        caught_train(monkeypatch)
+        err = run(capsys, *out, *given)[2]
+        assert err.splitlines() == [*[line] * bool(line), "cmmd train: interrupted"]
+
+
+def test_the_plan_has_the_runs_vae_size_and_hash(prepared, tmp_path, capsys):
+    given = ("--data", prepared, "--config", "small", "--device", "cpu", "--batch-size", "2")
+    given += ("--set", "video_channels=[32]", "--set", "audio_channels=[80]", "--steps", "1")
+    given += ("--set", "attention_levels=[0]", "--set", "head_dim=16", "--n-show", "0")
+    code, plan, err = run(capsys, "train", "--plan", *given)
+    assert code == 0 and "clips       vae tiny, 64 px, 18 frames, 10 fps, 16000 Hz" in plan
+    assert "recipe small says vae sd-vae-ft-mse, 128 px" in err
+    assert run(capsys, "train", "--out", tmp_path / "r", *given)[0] == 0
+    kept = (tmp_path / "r" / "recipe.toml").read_text()
+    planned = plan.splitlines()[0].split("hash ")[1]
+    assert f"hash {planned}" in kept.splitlines()[0]
+    assert kept.splitlines()[-1] == f"# clips {str(prepared)!r}"
+    without = run(capsys, "train", "--plan", "--config", "small", "--device", "cpu")[1]
+    assert "clips       vae sd-vae-ft-mse, 128 px" in without
+    assert load_recipe("small").hash[:12] in without.splitlines()[0]
+
+
+def test_the_plan_refuses_what_the_run_refuses(prepared, untrained, tmp_path, capsys):
+    for given, words in (
+        (("--data", prepared, "--set", "frame_size=128"), ("model.clip.frame_size", "prepared")),
+        (("--set", "vae=nope"), ("no VAE", "'nope'", "'taesd'")),
+        (("--data", prepared, "--vae", "taesd"), ("'tiny'", "'taesd'")),
+        (("--start-from", untrained, "--set", "video_channels=[64,64]"), ("model.video_channels",)),
+        (("--start-from", untrained, "--data", prepared), ("mel_mean",)),
+    ):
+        for plan in (("--plan",), ("--out", tmp_path / "r", "--n-clips", "2")):
+            err = check_error(capsys, 1, "train", *plan, *given, "--device", "cpu")
+            assert [w for w in words if w not in err] == []
+
+
+def test_a_run_in_the_way_is_named_with_the_ways_on(tmp_path, capsys):
+    out = tmp_path / "r"
+    line = ("train", "--out", out, *FEW, "--steps", "2")
+    assert run(capsys, *line)[0] == 0
+    err = check_error(capsys, 1, *line)
+    assert "a run that ended at step 2" in err and "--overwrite deletes it" in err
+    shutil.rmtree(out / "model")
+    err = check_error(capsys, 1, *line)
+    assert "a run stopped at step 2: --resume goes on, --overwrite deletes it" in err
+    (out / "thesis.txt").write_text("mine")
+    assert "thesis.txt" in check_error(capsys, 1, *line, "--overwrite")
+
+
+def no_weights(monkeypatch, tmp_path):
+    "As on a machine without a network, whose hub cache is empty."
+
+    def nothing(*_, local_files_only, **__):
+        asked.append(local_files_only)
+        raise OSError("there is no network")
+
+    asked = []
+    monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", nothing)
+    return asked
+
+
+def test_missing_weights_of_the_vae_have_cures_to_type(prepared, tmp_path, monkeypatch, capsys):
+    asked = no_weights(monkeypatch, tmp_path)
+    source = prepared.parent / "films"
+    for line in (
+        ("prepare", source, "--out", tmp_path / "d", "--config", "small"),
+        ("train", "--out", tmp_path / "r", "--vae", "sd-vae-ft-mse"),
+        ("train", "--plan", "--data", "toy:bounce", "--vae", "sd-vae-ft-mse"),
+    ):
+        err = check_error(capsys, 1, *line, "--device", "cpu")
+        words = ("sd-vae-ft-mse", "--vae FOLDER", "--vae tiny", "--allow-download", "--config tiny")
+        assert [w for w in words if w not in err] == [] and "import" not in err
+        assert asked.pop() is True and not (tmp_path / "d").exists()
+        err = check_error(capsys, 1, *line, "--device", "cpu", "--allow-download")
+        assert "could not be fetched: there is no network" in err and asked.pop() is False
+    model = tmp_path / "model"
+    new_model(UNetConfig.tiny(vae="sd-vae-ft-mse")).save_pretrained(model)
+    err = check_error(capsys, 1, "sample", "--out", tmp_path / "x.mp4", "--model", model)
+    assert "hf download stabilityai/sd-vae-ft-mse" in err and "load_vae" not in err
+
+
+def test_the_next_line_can_be_pasted(prepared, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source, out = prepared.parent / "films", "my data"
+    given = ("--config", "tiny", "--stride", "9", "--device", "cpu")
+    said = run(capsys, "prepare", source, "--out", out, *given)[1].splitlines()[-1]
+    assert said == "ready: cmmd train --config tiny --data 'my data' --out RUN"
+    got, words = caught_train(monkeypatch), shlex.split(said.removeprefix("ready: cmmd "))
+    assert run(capsys, *words, "--device", "cpu")[0] == 130 and len(got["data"]) > 0
+
+
+def test_resume_without_a_checkpoint_says_so(tmp_path, capsys):
+    line = ("train", "--out", tmp_path / "q1", "--resume", *FEW, "--steps", "1")
+    code, _, err = run(capsys, *line)
+    assert code == 0 and f"no checkpoint in {tmp_path / 'q1'}" in err and "step 0" in err
+
+
+def test_how_to_go_on(tmp_path, capsys):
+    class Stopped:
+        stopped, step = "SIGTERM", 8
+
+    with pytest.raises(typer.Exit):
+        cli._last_words("train", tmp_path, Stopped(), ("loss", "loss", ""))
+    err = capsys.readouterr().err
+    assert "stopped at step 8" in err and "with the same command and --resume" in err
+
+
+def test_evaluate_says_that_clips_are_fewer(prepared, untrained, tmp_path, monkeypatch, capsys):
+    def evaluate(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cmmd.evaluate.evaluate", evaluate)
+    n = len(open_dataset(prepared, "test"))
+    given = ("evaluate", "--out", tmp_path / "r", "--model", untrained, "--data", prepared)
+    err = run(capsys, *given, "--n-clips", "400", "--device", "cpu")[2]
+    assert f"400 clips asked, the test split has {n}: all are used" in err
+    assert "asked" not in run(capsys, *given, "--n-clips", str(n), "--device", "cpu")[2]
+
+
+def test_a_checkpoint_is_a_model(tmp_path, capsys):
+    line = ("train", "--out", tmp_path / "r", *FEW, "--steps", "2", "--save-every", "1")
+    assert run(capsys, *line)[0] == 0
+    step = tmp_path / "r" / "step_00000002"
+    made = []
+    for k, model in enumerate((tmp_path / "r", step)):
+        out = tmp_path / f"{k}.mp4"
+        given = ("--out", out, "--model", model, "--steps", "1", "--seconds", "0.8")
+        code, _, err = run(capsys, "sample", *given, "--device", "cpu")
+        assert code == 0 and out.stat().st_size > 1000, err
+        made.append(load_model(model).state_dict())
+    assert all(torch.equal(x, made[1][name]) for name, x in made[0].items()), "the average"
+    code, text, _ = run(capsys, "info", "--model", step)
+    assert code == 0 and "2.52 M parameters" in text
+    shutil.rmtree(tmp_path / "r" / "model")
+    err = check_error(capsys, 1, "info", "--model", tmp_path / "r")
+    assert "not finished" in err and str(step) in err
+    weights = step / "ema.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert "SHA-256" in check_error(capsys, 1, "info", "--model", step)
+
+
+def test_info_describes_all_that_it_lists(capsys):
+    names = [line.split()[0].strip(":") for line in run(capsys, "info")[1].splitlines()]
+    assert {"paper", "toy-bounce", "tiny-vocoder"} <= set(names)
+    for name in names:
+        code, text, _ = run(capsys, "info", "--model", name)
+        assert code == 0 and text.startswith(name)
+    err = check_error(capsys, 1, "info", "--model", "papers")
+    assert all(name in err for name in names) and len(err.splitlines()) == 1
+
+
+def test_info_reads_every_clip(prepared, tmp_path, capsys):
+    code, text, err = run(capsys, "info", "--data", prepared)
+    assert code == 0 and "every hash is right" in text and err == ""
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    shard = next(copy.glob("*.tar"))
+    data = bytearray(shard.read_bytes())
+    data[2000] ^= 1
+    shard.write_bytes(data)
+    code, text, err = run(capsys, "info", "--data", copy)
+    assert code == 1 and text == "" and shard.name in err and len(err.splitlines()) <= 3
+    assert "no folder" in check_error(capsys, 2, "info", "--data", tmp_path / "gone")
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, prepared, monkeypatch, capsys):
+    "None in the first minute but the trainer's first; with no minute between them, one each."
+    monkeypatch.setattr(cli, "EVERY", 0.0)
+    code, _, err = run(capsys, "train", "--out", tmp_path / "r", *FEW, "--steps", "2", "--set",
+                       "log_every=1")  # fmt: skip
+    assert code == 0 and [x[:11] for x in err.splitlines()] == ["step 1 of 2", "step 2 of 2"]
+    assert all("loss" in x and "h left" in x and "\r" not in x for x in err.splitlines())
+    source, given = prepared.parent / "films", ("--config", "tiny", "--device", "cpu")
+    err = run(capsys, "prepare", source, "--out", tmp_path / "d", *given)[2]
+    assert err.splitlines() == ["preparing: 1 of 2 files", "preparing: 2 of 2 files"]
+    given = ("sample", "--out", tmp_path / "x.mp4", "--steps", "2", "--seconds", "0.8")
+    err = run(capsys, *given, "--model", tmp_path / "r", "--device", "cpu")[2]
+    assert err.splitlines() == ["sampling: 1 of 2 steps", "sampling: 2 of 2 steps"]
+
+
+def test_a_bar_where_there_is_a_terminal(tmp_path, untrained, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    got = caught_train(monkeypatch)
+    assert run(capsys, "train", "--out", tmp_path / "r", *FEW)[0] == 130
+    assert got["config"].progress is True
+    given = ("sample", "--out", tmp_path / "x.mp4", "--steps", "2", "--seconds", "0.8")
+    code, _, err = run(capsys, *given, "--model", untrained, "--device", "cpu")
+    assert code == 0 and "sampling" in err and "\r" in err
 
 
 def launched(folder, *arguments, timeout=200) -> subprocess.CompletedProcess:

@@ -4,6 +4,7 @@ Most ranks are forked from a server that has imported everything once, since an 
 than a run; the tests of the launcher start `torchrun` on this file. All talk gloo on 127.0.0.1.
 """
 
+import atexit
 import errno
 import hashlib
 import json
@@ -562,6 +563,8 @@ def test_sigterm_to_the_launcher_saves_and_ends_all(whole, tmp_path):
     stopped = [run.left(r) for r in (0, 1)]
     assert stopped[0]["stopped"] and stopped[0]["step"] == stopped[1]["step"] < 12
     assert find_checkpoint(tmp_path / "run").step == stopped[0]["step"]
+    for rank in (0, 1):  # nothing is left to complain about
+        assert (tmp_path / f"group{rank}").read_text() == "gone"
     end = launch(tmp_path, world=1, contrast=True, gradient_accumulation=2, resume=True)
     assert_equal(whole, end)
 
@@ -583,5 +586,11 @@ def test_a_killed_rank_ends_the_launcher(whole, tmp_path, rank, meet):
 
 if __name__ == "__main__":  # a rank of torchrun
     where, wanted = sys.argv[1:]
+
+    def last():  # at exit, after all that `train` has to do there
+        there = "there" if torch.distributed.is_initialized() else "gone"
+        Path(where, f"group{os.environ['RANK']}").write_text(there)
+
+    atexit.register(last)
     Path(where, f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
     sys.exit(work(where, **json.loads(wanted)))

@@ -67,7 +67,7 @@ def test_a_finished_run_can_be_resumed_and_replaced(run, place):
 
 
 def test_contrastive_training_goes_on_from_a_run(run, place):
-    more = ("--start", "run", "--steps", "2", "--n-clips", "8", "--batch-size", "2")
+    more = ("--start-from", "run", "--steps", "2", "--n-clips", "8", "--batch-size", "2")
     term = ("--contrast-weight", "0.01", "--negatives", "mixture", "--contrast-bound", "1")
     cmmd(place, "train", "--out", "contrast", *more, *term)
     record = json.loads((place / "contrast" / "model" / "training.json").read_text())

@@ -198,7 +198,7 @@ def clap_folder(tmp_path_factory):
         "hidden_size": 32,
         "num_hidden_layers": 2,
     }
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = ClapConfig(
             text_config={**text, "num_attention_heads": 2}, audio_config=audio, projection_dim=16
@@ -331,7 +331,7 @@ def test_without_weights_three_lines_at_once(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def i3d_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("i3d") / "i3d.safetensors"
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         save_file(I3D().state_dict(), path)
     return path

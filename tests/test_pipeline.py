@@ -18,6 +18,7 @@ from diffusers import AutoencoderTiny, DiffusionPipeline
 from project import ENVIRONMENT
 from safetensors.torch import load_file, save_file
 
+from cmmd.checkpoint import save_checkpoint
 from cmmd.core import data_path, make_generator
 from cmmd.guidance import DDIM
 from cmmd.mel import griffin_lim, log_mel
@@ -605,3 +606,54 @@ def test_pushing_uploads_what_saving_writes(pipe, monkeypatch):
     parts = {f"{part}/{file}" for part in COMPONENTS for file in ("config.json", WEIGHTS)}
     assert files == parts | {"README.md", "model_index.json"}
     assert card == data_path("weights", "toy-bounce", "README.md").read_text()
+
+
+# ---- checkpoints, and where memory ends
+def checkpoint_of(network, folder, **config):
+    "A checkpoint as the trainer writes it, as far as a model needs it."
+    about = {"model": {"class": "CMMDUNet", **network.config.to_dict()}}
+    tensors = {"ema": dict(network.named_parameters())}
+    return save_checkpoint(folder, 16, tensors=tensors, state={}, config=about | config)
+
+
+def test_a_checkpoint_is_loaded_with_all_its_checks(tmp_path):
+    model = new_model(UNetConfig.tiny(vae="tiny"), seed=5)
+    step = checkpoint_of(model, tmp_path / "run")
+    loaded = load_model(step)
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    state = model.state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in loaded.state_dict().items())
+    assert CMMDPipeline.from_pretrained(step).model.config.vae == "tiny"
+    with pytest.raises(ModelError, match=f"not finished; take .*{step.name}"):
+        load_model(tmp_path / "run")
+    for k, (config, words) in enumerate(
+        (
+            ({"model": {"class": "MelGANGenerator"}}, "of no CMMD model"),
+            ({"model": "CMMDUNet"}, "of no CMMD model"),
+            ({"model": {"class": "CMMDUNet", "n_blocks": 10**9}}, "do not fit: more than 64"),
+            ({"model": {"class": "CMMDUNet", "n_bricks": 1}}, "do not fit"),
+        )
+    ):
+        with pytest.raises(ModelError, match=words) as error:
+            load_model(checkpoint_of(model, tmp_path / str(k), **config))
+        assert "\n" not in str(error.value)
+    (step / "ema.safetensors").write_bytes(b"short")
+    with pytest.raises(ModelError, match="ema.safetensors"):
+        load_model(step)
+
+
+def test_memory_that_ends_is_told_with_what_was_asked_for(pipe, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.\nMore.")
+
+    monkeypatch.setattr("cmmd.pipeline.generate_long", full)
+    films = make_clips(2, seed=4)
+    for given, asked in (
+        ({"video": films.video[:, :7]}, "2 x 7 frames"),
+        ({"audio": films.waveform[:, :11_000]}, "2 x 7 frames"),
+        ({"shape": (3, 9)}, "3 x 9 frames"),
+    ):
+        with pytest.raises(MemoryError, match=asked) as error:
+            pipe(**given, **FEW)
+        knobs = ("fewer or shorter clips", "guidance_weight=0", "smaller model", "7.00 GiB")
+        assert all(word in str(error.value) for word in knobs) and "\n" not in str(error.value)

@@ -45,6 +45,7 @@ from cmmd.datasets import (
     put_json,
     read_cuts,
     vae_digest,
+    verify_dataset,
 )
 from cmmd.evaluate import stored_material
 from cmmd.latents import load_vae
@@ -404,6 +405,307 @@ def test_a_flipped_bit_is_found_when_the_clip_is_read(data, tmp_path):
             spoilt.batch([whole.rows.index(row)])
 
 
+def entries(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("where", ["", ".", "shards", "a/b", "../films", "../link/shards"])
+def test_no_shard_is_written_among_the_films(where, films, vae, tmp_path, monkeypatch):
+    shutil.copytree(films, folder := tmp_path / "films")
+    (tmp_path / "link").symlink_to(folder)
+    before = entries(tmp_path)
+    for source in (folder, str(folder), folder_sources(folder), folder_sources(tmp_path / "link")):
+        with pytest.raises(ValueError, match="out must lie outside the folder") as error:
+            prepare(source, folder / where, config=PLAN, vae=vae)
+        assert str(folder / where) in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match="out must lie outside the folder"):
+        prepare(".", where or ".", config=PLAN, vae=vae)
+    assert entries(tmp_path) == before
+
+
+def test_lists_do_not_let_shards_among_the_films_either(films, tmp_path):
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "P01_11.MP4").touch()
+    lists = tmp_path / "EPIC_Sounds_train.csv"
+    lists.write_text(EPIC_HEAD + "P01_11_0,P01,P01_11,,,0,48000,click,click,9\n")
+    found = epic_sources(tmp_path / "films", lists, clip=SPEC)
+    with pytest.raises(ValueError, match="out must lie outside the folder"):
+        prepare(found, tmp_path / "films" / "out", config=PLAN)
+
+
+FOREIGN = {  # what lies there -> whether prepare may write beside it
+    "nothing": ((), True),
+    "only the lock of a killed run": (("prepare.lock",), True),
+    "lock and a half written plan": (("prepare.lock", "plan.json.0-1-abcd.partial"), True),
+    "a film": (("a.mp4",), False),
+    "somebody's plan.json": (("plan.json",), False),
+    "a hidden file": ((".git",), False),
+    "somebody's shards": (("shard-000000.tar",), False),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_folder_that_something_else_has_filled_is_refused(name, films, data, vae, tmp_path):
+    names, allowed = FOREIGN[name]
+    (out := tmp_path / "out").mkdir()
+    for file in names:
+        (out / file).touch()
+    if allowed:
+        prepare(folder_sources(films, test_share=0.0), out, config=PLAN, vae=vae)
+        left = {k: v for k, v in shards(out).items() if not k.endswith(".partial")}
+        assert left == shards(data)
+    else:
+        with pytest.raises(ValueError, match="out must be a new or empty folder") as error:
+            prepare(folder_sources(films, test_share=0.0), out, config=PLAN, vae=vae)
+        assert "\n" not in (text := str(error.value)) and names[0] in text and str(out) in text
+        assert entries(out) == set(names)
+
+
+def test_a_copy_without_its_lock_and_one_begun_among_the_films_go_on(films, data, vae, tmp_path):
+    shutil.copytree(films, tmp_path / "films")
+    sources = folder_sources(films, test_share=0.0)
+    for out in (tmp_path / "copy", tmp_path / "films" / "shards"):
+        shutil.copytree(data, out)
+        (out / "prepare.lock").unlink()
+        (out / "shard-000001.json").unlink()
+        (out / "index.json").unlink()
+        prepare(replace(sources, folders=(str(tmp_path / "films"),)), out, config=PLAN, vae=vae)
+        assert shards(out) == shards(data)
+
+
+def damaged(data, out, k=1):
+    "A copy with one bit flipped in the first clip of a shard of several."
+    shutil.copytree(data, out)
+    row = get_json(data / f"shard-{k:06d}.json")["clips"][0]
+    content = bytearray((path := out / f"shard-{k:06d}.tar").read_bytes())
+    content[row["offset"] + row["bytes"] // 2] ^= 1
+    path.write_bytes(content)
+    return row["id"]
+
+
+def test_every_damage_is_found_beforehand_and_the_named_file_is_the_one(films, data, vae, tmp_path):
+    seen, out = [], tmp_path / "out"
+    assert verify_dataset(data, on_clip=seen.append) == []
+    assert seen == [row["id"] for row in get_json(data / "index.json")["clips"]]
+    name = damaged(data, out)
+    os.truncate(out / "shard-000000.tar", 9_000)
+    (out / "shard-000002.tar").unlink()
+    told = verify_dataset(out)
+    assert len(told) == 3 and all("\n" not in line for line in told)
+    assert "shard-000000.tar is missing or not" in told[0] and "shard-000002.tar" in told[1]
+    assert f"shard-000001.tar is damaged at {name}: delete shard-000001.json" in told[2]
+    sources = folder_sources(films, test_share=0.0)
+    (out / "shard-000001.json").unlink()
+    prepare(sources, out, config=PLAN, vae=vae)
+    assert verify_dataset(out) == [] and shards(out) == shards(data)
+
+
+def test_damage_in_any_split_is_found(films, vae, tmp_path):
+    first, *others = folder_sources(films, test_share=0.0)
+    sources = [first, *(replace(s, split="test") for s in others)]
+    prepare(sources, tmp_path / "data", config=PLAN, vae=vae)
+    name = damaged(tmp_path / "data", tmp_path / "out", k=2)
+    ShardDataset(tmp_path / "out").batch(range(2))
+    (told,) = verify_dataset(tmp_path / "out")
+    assert name in told
+
+
+def test_what_is_no_prepared_folder_cannot_be_verified(films, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "index.json").write_text("{")
+    for folder, why in (
+        (films, "holds no prepared data"),
+        (tmp_path / "data", "is damaged or was"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            verify_dataset(folder)
+
+
+SPOIL = {
+    "a value edited": lambda text: text.replace('"split": "train"', '"split": "test"', 1),
+    "a digit of the mean": lambda text: re.sub(r'("mel": \[\s*-\d\.)\d', r"\g<1>0", text),
+    "cut short": lambda text: text[: len(text) // 2],
+    "emptied": lambda text: "",
+    "no JSON": lambda text: "hello",
+    "a list": lambda text: "[1]",
+    "without its seal": lambda text: text.replace('"seal"', '"deal"'),
+}
+
+
+@pytest.mark.parametrize("name", SPOIL)
+def test_a_damaged_index_is_named_and_the_same_prepare_repairs_it(name, films, data, vae, tmp_path):
+    shutil.copytree(data, out := tmp_path / "out")
+    text = (path := out / "index.json").read_text()
+    assert SPOIL[name](text) != text
+    path.write_text(SPOIL[name](text))
+    for reader in (open_dataset, verify_dataset):
+        with pytest.raises(
+            ValueError, match=r"index.json is damaged or was edited \(its seal"
+        ) as e:
+            reader(out)
+        assert "run the same prepare again" in str(e.value) and "not finished" not in str(e.value)
+    seen, sources = [], folder_sources(films, test_share=0.0)
+    prepare(sources, out, config=PLAN, vae=vae, on_source=lambda *x: seen.append(x))
+    assert not seen and shards(out) == shards(data)
+    path.unlink()
+    with pytest.raises(ValueError, match="its preparation was not finished: run the same prepare"):
+        open_dataset(out)
+
+
+def test_links_to_folders_are_named_and_do_no_harm(films, vae, tmp_path):
+    (tmp_path / "in").mkdir()
+    shutil.copy(sorted(films.iterdir())[0], tmp_path / "in" / "a.mp4")
+    shutil.copytree(films, tmp_path / "elsewhere")
+    for name, target in {
+        "dirlink": tmp_path / "elsewhere",
+        "deep.mp4": tmp_path / "elsewhere",
+        "circle": ".",
+        "up": "..",
+        "itself": "itself",
+    }.items():
+        (tmp_path / "in" / name).symlink_to(target)
+    wanted = dict.fromkeys(("deep.mp4", "dirlink", "up"), "a link to a folder; give it as SRC")
+    found = folder_sources(tmp_path / "in", test_share=0.0)
+    assert found.missing == wanted and [s.id for s in found] == ["a.mp4"]
+    for source, out in ((tmp_path / "in", "one"), (found, "two")):
+        report = prepare(source, tmp_path / out, config=PLAN, vae=vae)
+        told = json.loads((tmp_path / out / "report.json").read_text())
+        assert told["missing"] == wanted and report.n_read == 1 and not report.skipped
+    lists = tmp_path / "EPIC_Sounds_train.csv"
+    lists.write_text(EPIC_HEAD)
+    assert "dirlink" in epic_sources(tmp_path / "in", lists, clip=SPEC).missing
+
+
+def test_a_source_that_is_a_file_or_empty_is_told_so(films, tmp_path):
+    film, lists = next(films.iterdir()), tmp_path / "EPIC_Sounds_train.csv"
+    lists.write_text(EPIC_HEAD)
+    for look in (folder_sources, lambda x: epic_sources(x, lists, clip=SPEC)):
+        with pytest.raises(NotADirectoryError, match=r"\.mp4' is a file, not a folder"):
+            look(film)
+        with pytest.raises(FileNotFoundError, match="there is no folder '.*nowhere'"):
+            look(tmp_path / "nowhere")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "notes.txt").touch()
+    for source in (tmp_path / "in", folder_sources(tmp_path / "in")):
+        with pytest.raises(ValueError, match="at least one video file, got none in") as error:
+            prepare(source, tmp_path / "out", config=PLAN)
+        assert str(tmp_path / "in") in str(error.value) and ".mp4, .m4v, .mov" in str(error.value)
+    (tmp_path / "in" / "link").symlink_to(films)
+    with pytest.raises(ValueError, match="left out: link: a link to a folder"):
+        prepare(tmp_path / "in", tmp_path / "out", config=PLAN)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_short_film_is_told_of_the_margin_where_that_helps(tmp_path):
+    for name, n in (("fits", 22), ("never", 12)):
+        make_film(tmp_path / f"{name}.mp4", n)
+    fits, never = (Source(n, str(tmp_path / f"{n}.mp4")) for n in ("fits", "never"))
+    with pytest.raises(MediaError, match=r"1\.40 s .*margin=0 \(--margin 0\) takes it"):
+        read_cuts(fits, PLAN)
+    bare = replace(PLAN, margin=0)
+    assert len(read_cuts(fits, bare)) == 1
+    with pytest.raises(MediaError, match="can be used") as error:
+        read_cuts(never, PLAN)
+    assert "margin" not in str(error.value)
+    with pytest.raises(MediaError, match=r"1\.20 s can be used, a clip needs 1\.8$"):
+        read_cuts(never, bare)
+
+
+MEMORY = {
+    "computer": MemoryError(),
+    "GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"),
+    "allocator": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+    "driver": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+    "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_that_is_short_is_told_in_one_line(name, monkeypatch):
+    def full(*_):
+        raise MEMORY[name]
+
+    monkeypatch.setattr(datasets, "encode_cuts", full)
+    monkeypatch.setattr(datasets, "read_cuts", full)
+    for why in (
+        datasets._try_encode([None], None, PLAN),
+        datasets._try_cuts(Source("x", "x"), PLAN),
+    ):
+        assert why.startswith("out of memory: run the same prepare again") and "\n" not in why
+
+
+def once_short(monkeypatch, where: str) -> None:
+    "The second film of the next run finds the memory full."
+    real, calls = getattr(datasets, where), []
+
+    def short(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return real(*arguments)
+
+    monkeypatch.setattr(datasets, where, short)
+
+
+@pytest.mark.parametrize("where", ["encode_cuts", "read_cuts"])
+def test_a_film_for_which_memory_was_short_is_counted_and_tried_again(
+    where, films, data, vae, tmp_path, monkeypatch
+):
+    once_short(monkeypatch, where)
+    out, sources, tried = tmp_path / "out", folder_sources(films, test_share=0.0), []
+    options = {"config": PLAN, "vae": vae, "workers": 1}
+    report = prepare(sources, out, max_bad=0.5, **options)
+    ((lost, why),) = report.skipped.items()
+    assert why.startswith("out of memory: ") and report.n_read == 2
+    report = prepare(sources, out, on_source=lambda s, _: tried.append(s.id), **options)
+    assert tried == [lost] and not report.skipped and shards(out) == shards(data)
+
+
+def test_the_index_is_of_the_shards_that_another_process_has_made_again(
+    films, data, vae, tmp_path, monkeypatch
+):
+    once_short(monkeypatch, "encode_cuts")
+    out, sources, others = tmp_path / "out", folder_sources(films, test_share=0.0), []
+
+    def beside(source, why):
+        if source.id == sources[-1].id and not others:
+            others.append(1)
+            prepare(sources, out, config=PLAN, vae=vae)
+
+    report = prepare(sources, out, config=PLAN, vae=vae, workers=1, on_source=beside)
+    assert others and not report.skipped and verify_dataset(out) == []
+    assert shards(out) == shards(data)
+
+
+def test_memory_that_is_always_short_is_no_success(films, vae, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(datasets, "encode_cuts", full)
+    sources, out = folder_sources(films, test_share=0.0), tmp_path / "out"
+    for most in (0.2, 1.0):
+        with pytest.raises(ValueError, match="none of 3 files can be used; .* out of memory"):
+            prepare(sources, out, config=PLAN, vae=vae, max_bad=most)
+        assert not (out / "index.json").exists()
+    ask = ["prepare", str(films), "--out", str(tmp_path / "cli"), "--config", "tiny"]
+    assert cli.run([*ask, "--allow-bad"]) == 1 and "out of memory" in capsys.readouterr().err
+
+
+def test_a_mistake_while_encoding_is_not_blamed_on_the_films(films, vae, tmp_path, monkeypatch):
+    def wrong(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(datasets, "encode_cuts", wrong)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        prepare(folder_sources(films), tmp_path / "out", config=PLAN, vae=vae)
+
+
+def test_nothing_at_the_path_is_told_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder or file '.*nodir'"):
+        open_dataset(tmp_path / "nodir")
+
+
 def changed(key, value):
     "Another value somewhere in an index: `key` is a path like 'clips.0.bytes'."
 
@@ -681,13 +983,15 @@ def test_the_official_epic_sounds_list(tmp_path):
 
 
 def test_films_under_official_aist_names_keep_their_split(official_aist, films, vae, tmp_path):
+    place = tmp_path / "films"
+    place.mkdir()
     lists = {p.stem: p.read_text().split() for p in official_aist.glob("*.txt")}
     ignored = set(lists["ignore_list"])
     names = {"train": next(n for n in lists["crossmodal_train"] if n not in ignored)}
     names |= {"test": lists["crossmodal_test"][0], "ignored": lists["ignore_list"][0]}
     for name in names.values():
-        shutil.copy(next(films.iterdir()), tmp_path / f"{name.replace('cAll', 'c02')}.mp4")
-    found = aist_sources(tmp_path, official_aist)
+        shutil.copy(next(films.iterdir()), place / f"{name.replace('cAll', 'c02')}.mp4")
+    found = aist_sources(place, official_aist)
     prepare(found, tmp_path / "out", config=PLAN, vae=vae)
     for split in ("train", "test"):
         rows, parsed = ShardDataset(tmp_path / "out", split).rows, parse_aist(names[split])
@@ -728,12 +1032,14 @@ RATES = ((Fraction(30_000, 1001), 24_000), (Fraction(60_000, 1001), 48_000), (Fr
 @pytest.mark.parametrize("fps,rate", RATES, ids=["29.97", "59.94", "90"])
 def test_epic_times_meet_picture_and_sound_at_native_rates(fps, rate, vae, tmp_path):
     at = 3.2  # s: sample 76,800 of the list's 24 kHz
-    kitchen_film(tmp_path / "P01_11.MP4", fps, rate, at)
+    place = tmp_path / "films"
+    place.mkdir()
+    kitchen_film(place / "P01_11.MP4", fps, rate, at)
     start, stop = 24_000 * at, 24_000 * (at + 0.2)
     row = f"P01_11_0,P01,P01_11,,,{start:.0f},{stop:.0f},click,click,9\n"
     lists = tmp_path / "EPIC_Sounds_train.csv"
     lists.write_text(EPIC_HEAD + row)
-    found = epic_sources(tmp_path, lists, clip=SPEC)
+    found = epic_sources(place, lists, clip=SPEC)
     (cut,) = read_cuts(found.sources[0], PLAN)
     first = cut.start - PLAN.margin / SPEC.fps
     bright = cut.video.float().mean((1, 2, 3))

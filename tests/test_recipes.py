@@ -86,6 +86,8 @@ def test_the_papers_numbers():
             for word in key.split("."):
                 part = part[word]
             assert part == value, (name, key)
+    text = data_path("configs", "paper-cmmd.toml").read_text()
+    assert "reduced; why is not said" in text, "no reason that the paper does not give"
     rate = load_recipe("paper-cmmd").train.rate
     assert rate(400_000) == pytest.approx(3.2768e-5) and rate(699_999) == 2e-5
 
@@ -216,6 +218,19 @@ def test_bad_changes_name_the_key(change, words):
 
 def test_a_key_may_be_changed_once():
     assert "train.steps is given twice" in refused("tiny", changes=["steps=7", "train.steps=7"])
+
+
+def test_a_run_that_starts_behind_its_last_step_says_what_to_set():
+    for change in ("steps=500", "train.steps = 500"):
+        line = refused("paper-cmmd", changes=[change])
+        assert "train.steps=400500" in line and "train.start_step=0" in line
+    assert "400001" in refused("paper-cmmd", changes=["steps=1"])
+    assert "start_step=0" in refused("tiny", changes=["start_step=2000"])
+    for steps, start in ((400_500, 400_000), (500, 0)):
+        made = load_recipe("paper-cmmd", changes=[f"steps={steps}", f"start_step={start}"])
+        assert (made.train.steps, made.train.start_step) == (steps, start)
+    other = refused("paper-cmmd", changes=["steps=0"])
+    assert "steps must be from 1" in other and "start_step" not in other
 
 
 def test_changes_are_a_list_of_texts():

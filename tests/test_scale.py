@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 from project import ENVIRONMENT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import cmmd.train
 from cmmd import scale
 from cmmd.contrastive import ContrastiveConfig, ContrastiveLossFn
 from cmmd.datasets import ClipDataset
 from cmmd.scale import (
     activation_bytes,
+    device_memory,
     forward_flops,
     memory_parts,
     plan_run,
@@ -92,6 +95,96 @@ def test_counting_draws_no_random_number():
     forward_flops(LEAST), step_flops(LEAST, pairs=1)
     step_seconds(LEAST, device="cpu", repeats=1)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_building_a_network_looks_at_no_gpu(monkeypatch):
+    "Reading each GPU's random state would initialise all of them."
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", None)  # it must not be asked
+    monkeypatch.setattr(torch.cuda, "set_rng_state", None)
+    assert min(step_seconds(LEAST, device="cpu", repeats=1)) > 0
+
+
+# ---------------------------------------------------------------- a GPU's rules, without a GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_are_float32_by_cuda_s_rules(dtype):
+    "A norm keeps a copy of its input and gives float32, which the next layer keeps."
+    found = {}
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode(), torch.device(device):
+            layers = torch.nn.Sequential(torch.nn.GroupNorm(4, 100), torch.nn.SiLU())
+            x = torch.zeros(64, 100, 10, dtype=dtype)
+            found[device] = activation_bytes(layers, x, dtype=dtype)
+    statistics = 2 * 64 * 4  # a mean and a deviation of each clip's groups
+    assert found["cuda"] == 2 * 64_000 * 4 + 4 * statistics
+    assert 2 * 64_000 * 2 < found["cpu"] <= 2 * 64_000 * 2 + 4 * statistics
+
+
+def test_float32_needs_little_more_by_cuda_s_rules():
+    for again in (False, True):
+        cpu, cuda = (
+            memory_parts(SMALL, batch_size=2, gradient_checkpointing=again, device=device)
+            for device in ("cpu", "cuda")
+        )
+        assert 1 < cuda.activations / cpu.activations < 1.15 and cuda.weights == cpu.weights
+
+
+@pytest.mark.parametrize("fusion", ["easy", "cross_attention"])
+def test_attention_on_a_gpu_keeps_no_weight_for_each_pair_of_places(fusion):
+    "As on the CPU, whose kernel keeps none either: the plain form would need much more."
+    large = UNetConfig.tiny(fusion=fusion, clip=replace(TINY.clip, frame_size=256))
+    cpu, cuda = (
+        memory_parts(large, batch_size=1, device=device).activations for device in ("cpu", "cuda")
+    )
+    assert 0.95 < cuda / cpu < 1.1
+
+
+def test_autocast_is_as_before_also_after_an_error():
+    def state():
+        return [
+            (torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in ("cpu", "cuda")
+        ]
+
+    before = state()
+    memory_parts(LEAST, batch_size=1, mixed_precision="fp16", device="cuda")
+    assert state() == before
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode(), torch.device(device), pytest.raises(IndexError):
+            activation_bytes(torch.nn.Flatten(7), torch.zeros(2, 5), dtype=torch.float16)
+        assert state() == before
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = state()
+        memory_parts(LEAST, batch_size=2, device="cuda")
+        assert state() == inside
+
+
+FORK = """
+import os
+import torch
+from cmmd.scale import memory_parts, step_flops
+from cmmd.unet import UNetConfig
+
+def backward(): torch.ones(2, requires_grad=True).sum().backward()
+
+with torch.no_grad():
+    for device in ("cpu", "cuda"): memory_parts(UNetConfig.tiny(), batch_size=1, device=device)
+step_flops(UNetConfig.tiny(), pairs=1)
+backward()
+child = os.fork()
+if not child:
+    try: backward()
+    except RuntimeError: os._exit(7)
+    os._exit(0)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="autograd has a thread for a real GPU")
+def test_a_fork_after_a_count_may_compute_gradients():
+    env = {**os.environ, **ENVIRONMENT}
+    done = subprocess.run([sys.executable, "-c", FORK], env=env, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 
 # ---------------------------------------------------------------- the parts of a real trainer
@@ -243,6 +336,77 @@ def test_plan_that_does_not_fit_says_what_helps(monkeypatch):
     assert min(n for _, n in plan.knobs) == dict(plan.knobs)["both"] < 2**26
 
 
+def as_on_a_gpu(monkeypatch, free, seconds):
+    "A GPU with so many bytes free and 80 GiB in all; `seconds` stands for `step_seconds`."
+    monkeypatch.setattr(scale, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(scale, "pick_precision", lambda name, where: "bf16")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 2**30))
+    monkeypatch.setattr(scale, "step_seconds", seconds)
+
+
+def test_a_gpu_has_what_is_free_less_1_gib(monkeypatch):
+    as_on_a_gpu(monkeypatch, 5 * 2**30, None)
+    assert device_memory() == 4 * 2**30
+    as_on_a_gpu(monkeypatch, 2**20, None)
+    assert device_memory() == 0
+
+
+def test_a_plan_for_a_gpu(monkeypatch):
+    asked = []
+
+    def seconds(config, **how):
+        asked.append(how)
+        return 0.5, 0.1
+
+    as_on_a_gpu(monkeypatch, 5 * 2**30, seconds)
+    plan = plan_run(LEAST, TrainConfig.tiny(steps=10, batch_size=8, gradient_accumulation=2))
+    parts = memory_parts(LEAST, batch_size=4, mixed_precision="bf16", device="cuda")
+    assert plan.memory == parts and plan.precision == "bf16" and plan.device == "cuda"
+    assert asked[0]["pairs"] == 4 and plan.seconds_per_step == 0.5 * 2 + 0.1
+    assert "of 4.00 GiB, free less 1 GiB for CUDA itself)" in "\n".join(plan.lines())
+    assert max(map(len, plan.lines())) <= 125
+    as_on_a_gpu(monkeypatch, parts.total + 2**30 - 1, None)  # a byte too few
+    plan = plan_run(LEAST, TrainConfig.tiny(batch_size=4))
+    assert not plan.fits and dict(plan.knobs)["both"] < parts.total
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_micro_step_that_runs_out_of_memory_is_a_line_of_the_plan(monkeypatch, error):
+    def seconds(config, **how):
+        raise error
+
+    as_on_a_gpu(monkeypatch, 50 * 2**30, seconds)
+    plan = plan_run(LEAST, TrainConfig.tiny(), data_clips=5)
+    assert not plan.fits and plan.ran_out and plan.seconds_per_step is None and plan.knobs
+    text = "\n".join(plan.lines())
+    for part in (
+        "DOES NOT FIT",
+        "a micro-step was tried here and ran out of memory",
+        "epochs of 5",
+    ):
+        assert part in text
+
+
+def test_another_error_of_a_micro_step_is_not_hidden(monkeypatch):
+    def seconds(config, **how):
+        raise RuntimeError("no kernel image")
+
+    as_on_a_gpu(monkeypatch, 50 * 2**30, seconds)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        plan_run(LEAST, TrainConfig.tiny())
+
+
+@pytest.mark.parametrize("has, precision", [(True, "bf16"), (False, "fp16")])
+def test_auto_is_what_the_trainer_makes_of_it(monkeypatch, has, precision):
+    "A T4 has no units for bf16."
+    picked = scale.pick_precision
+    as_on_a_gpu(monkeypatch, 50 * 2**30, lambda config, **how: (1.0, 0.0))
+    monkeypatch.setattr(scale, "pick_precision", picked)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: has)
+    assert plan_run(LEAST, TrainConfig.tiny()).precision == precision
+    assert scale.pick_precision is cmmd.train.pick_precision
+
+
 def test_plan_s_seconds_are_those_of_a_real_step(monkeypatch):
     "In CPU time, so that other programs on the machine do not count."
     monkeypatch.setattr(scale.time, "perf_counter", time.process_time)
@@ -265,6 +429,7 @@ def test_plan_s_seconds_are_those_of_a_real_step(monkeypatch):
         (lambda: memory_parts(LEAST, batch_size=1.5), TypeError, "batch_size"),
         (lambda: memory_parts(LEAST, batch_size=1, negatives=-1), ValueError, "negatives"),
         (lambda: memory_parts(LEAST, batch_size=1, mixed_precision="int8"), ValueError, "int8"),
+        (lambda: memory_parts(LEAST, batch_size=1, device="tpu"), ValueError, "device.*tpu"),
         (lambda: memory_parts({}, batch_size=1), TypeError, "config"),
         (lambda: step_flops("paper", pairs=1), TypeError, "config"),
         (lambda: step_seconds({}, device="cpu"), TypeError, "config"),
@@ -288,3 +453,14 @@ def test_wrong_arguments_are_explained(call, error, word):
     with pytest.raises(error, match=word) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_counted_is_said():
+    window = UNetConfig.tiny(fusion="window")
+    for count in (
+        lambda: memory_parts(window, batch_size=1),
+        lambda: forward_flops(window),
+        lambda: step_flops(window, pairs=1),
+    ):
+        with pytest.raises(ValueError, match="^fusion 'window' cannot be counted"):
+            count()

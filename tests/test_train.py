@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 import traceback
+import warnings
 from dataclasses import asdict, dataclass, replace
 
 import pytest
@@ -356,6 +357,73 @@ def test_out_of_memory_is_a_sentence(tmp_path):
     assert same(run(config(save_every=5), out_dir=tmp_path, resume=True), run())
 
 
+CUDA_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.\nAnd more lines")
+
+
+@pytest.mark.parametrize("place", ["Accelerator.prepare", "EMAModel", "put_state", "export_model"])
+def test_out_of_memory_outside_the_loop_is_a_sentence(tmp_path, monkeypatch, place):
+    def full(*args, **kwargs):
+        raise CUDA_FULL
+
+    c = config(save_every=4, mixed_precision="bf16")
+    if place == "put_state":
+        run(c, out_dir=tmp_path)
+    model = make_model()
+    before = set(vars(model))
+    monkeypatch.setattr(f"cmmd.train.{place}", full)
+    with pytest.raises(TrainError, match="Tried to allocate 20 MiB.*; .*lower batch_size") as error:
+        run(c, out_dir=tmp_path, model=model, resume=True)
+    text = str(error.value)
+    early = place in ("Accelerator.prepare", "EMAModel")
+    assert "\n" not in text and ("before the first step" in text) == early
+    assert set(vars(model)) == before and error.value.__context__ is None  # holds no tensors
+    monkeypatch.undo()
+    assert run(c, out_dir=tmp_path, resume=True).step == 12
+
+
+def test_a_model_that_cannot_be_built_is_given_back():
+    model = recomputed()
+    before = set(vars(model)) | {"is_gradient_checkpointing"}
+    c = config(gradient_checkpointing=True, mixed_precision="bf16", gradient_accumulation=3)
+    with pytest.raises(ValueError, match="batch_size must be a multiple"):
+        run(c, model=model)
+    assert set(vars(model)) <= before and not model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    "error,full",
+    [
+        (MemoryError(), True),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), True),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
+        (ValueError("CUDA error: out of memory"), False),
+        (TrainError("process 1 of 2: can't allocate memory"), False),  # another's
+    ],
+)
+def test_what_is_out_of_memory(error, full):
+    assert tr.is_out_of_memory(error) is full
+
+
+def test_what_all_know_is_not_told_again():
+    def work():
+        tr.share_error(Alone(), CUDA_FULL)
+
+    with pytest.raises(TrainError) as error:
+        tr.within_memory(work, config())
+    assert error.value.shared
+    del CUDA_FULL.shared
+    with pytest.raises(TrainError) as error:
+        tr.within_memory(lambda: torch.empty(10**14), config())
+    assert not error.value.shared
+
+
+class Alone:
+    num_processes = 1
+
+
 def test_accumulation_and_the_order_of_processes():
     whole, parts = run(), run(config(gradient_accumulation=2))
     assert torch.allclose(weights(whole.model), weights(parts.model), atol=1e-6)
@@ -374,6 +442,99 @@ def test_bf16_leaves_a_plain_model():
     out, _ = result.model(*DATA.batch([0]), torch.tensor([5]))
     assert out.dtype == torch.float32 and weights(model).dtype == torch.float32
     assert "forward" not in vars(result.model) and "forward" not in vars(result.ema_model)
+
+
+class Noting(Pair):
+    "Writes down whether each of its forward passes is in half precision."
+
+    seen = []
+
+    def forward(self, video, audio, t):
+        Noting.seen.append(torch.is_autocast_enabled("cpu"))
+        return super().forward(video, audio, t)
+
+
+def test_every_run_of_a_model_is_in_half_precision():
+    model, c = Noting(), config(mixed_precision="bf16", steps=2)
+    before, result = set(vars(model)), None
+    for average in (False, False, True):  # the last one goes on with the averaged weights
+        Noting.seen.clear()
+        result = run(c, model=result.ema_model if average else model)
+        assert Noting.seen == [True, True]
+        assert set(vars(result.model)) == set(vars(result.ema_model)) == before
+    tr.Trainer(model, DATA, config=config(mixed_precision="no"), device="cpu")  # never released
+    Noting.seen.clear()
+    run(c, model=model)
+    assert Noting.seen == [True, True] and set(vars(model)) == before
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    "asked,device,real,told_cpu,picked",
+    [
+        ("auto", CPU, True, None, "no"),
+        ("auto", GPU, True, None, "bf16"),
+        ("auto", GPU, False, None, "fp16"),  # emulated bf16 is slower than float32
+        ("auto", GPU, True, "true", "no"),  # accelerate launch --cpu
+        ("auto", GPU, True, "false", "bf16"),
+        ("fp16", GPU, True, None, "fp16"),
+        ("fp16", GPU, True, "1", ValueError),
+        ("fp16", CPU, True, None, ValueError),
+        ("bf16", GPU, False, None, "bf16"),
+        ("no", GPU, True, None, "no"),
+        ("fp8", GPU, True, None, ValueError),
+    ],
+)
+def test_which_precision(monkeypatch, asked, device, real, told_cpu, picked):
+    def is_bf16_supported(including_emulation=True):
+        return real or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if told_cpu:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", told_cpu)
+    if picked is ValueError:
+        with pytest.raises(ValueError, match=f"mixed_precision .*{asked}"):
+            tr.pick_precision(asked, device)
+    else:
+        assert tr.pick_precision(asked, device) == picked
+
+
+@pytest.mark.parametrize(
+    "machine,simd,rank,lines",
+    [
+        ("x86_64", "AVX2", None, 1),
+        ("x86_64", "DEFAULT", "0", 1),
+        ("AMD64", "AVX2", "1", 0),  # the main process speaks for all
+        ("x86_64", "AVX512", None, 0),
+        ("aarch64", "DEFAULT", None, 0),
+    ],
+)
+def test_slow_half_precision_is_a_line(monkeypatch, machine, simd, rank, lines):
+    monkeypatch.setattr(tr.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: simd)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert tr.pick_precision("bf16", CPU) == tr.pick_precision("bf16", GPU) == "bf16"
+        assert tr.pick_precision("no", CPU) == tr.pick_precision("auto", CPU) == "no"
+    assert len(said) == lines and all("AVX512" in str(w.message) for w in said)
+
+
+def test_the_first_gpu_after_the_second(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(tr, "Accelerator", lambda **given: given)
+    for name in ("cuda:1", "cuda:0", "cuda", "cpu"):
+        given = tr.make_accelerator(name)
+        assert given["cpu"] == (name == "cpu")
+        assert given["mixed_precision"] == ("no" if name == "cpu" else "bf16")
+    assert chosen == ["cuda:1", "cuda:0"]
 
 
 def test_every_clip_once_per_epoch_and_levels_uniform():
@@ -420,9 +581,13 @@ def test_record_and_config():
         {"progress": 1},
         {"gradient_checkpointing": 1},
         {"compile": "yes"},
+        {"start_step": 700_000},
     ):
         with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
             TrainConfig(**wrong)
+    with pytest.raises(ValueError, match="steps must be more than start_step 400000.* got 1000$"):
+        TrainConfig.paper_contrastive(steps=1000)
+    assert TrainConfig(steps=8, start_step=7).start_step == 7
 
 
 # ---------------------------------------------------------------- switches: memory, speed
@@ -645,11 +810,11 @@ def test_a_checkpoint_of_before_the_switches(tmp_path, monkeypatch):
 
     def as_before(out_dir, step, *, tensors, state, config, keep):
         settings = {k: v for k, v in config["train"].items() if k not in NEW}
-        state = {k: v for k, v in state.items() if k not in ("overflows", "processes")}
+        state = {k: v for k, v in state.items() if k not in NEWER}
         config = {**config, "train": settings}
         return real(out_dir, step, tensors=tensors, state=state, config=config, keep=keep)
 
-    NEW = ("gradient_checkpointing", "compile")
+    NEW, NEWER = ("gradient_checkpointing", "compile"), ("overflows", "processes", "precision")
     monkeypatch.setattr(tr, "save_checkpoint", as_before)
     with pytest.raises(Stop):
         run(c, out_dir=tmp_path, loss_fn=stopping_at(6))
@@ -657,6 +822,22 @@ def test_a_checkpoint_of_before_the_switches(tmp_path, monkeypatch):
     assert same(run(c, out_dir=tmp_path, resume=True), run())
     with pytest.raises(CheckpointError, match="train.compile: False there, True here"):
         run(replace(c, compile=True), out_dir=tmp_path, resume=True)
+
+
+def test_another_precision_is_a_line(tmp_path, monkeypatch, capfd):
+    c, real = config(save_every=6), tr.pick_precision
+    monkeypatch.setattr(tr, "pick_precision", lambda *_: "bf16")  # as on a GPU
+    with pytest.raises(Stop):
+        run(c, out_dir=tmp_path, loss_fn=stopping_at(6))
+    monkeypatch.setattr(tr, "pick_precision", real)
+    assert find_checkpoint(tmp_path).state["precision"] == "bf16"
+    assert run(c, out_dir=tmp_path, resume=True).step == 12
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "precision was bf16, is no: " in err and "bit for bit" in err
+    assert run(c, out_dir=tmp_path, resume=True).step == 12  # from step 12: the same
+    assert capfd.readouterr().err == ""
+    with pytest.raises(CheckpointError, match="train.mixed_precision: 'auto' there, 'no' here"):
+        run(replace(c, mixed_precision="no"), out_dir=tmp_path, resume=True)
 
 
 def test_pieces_may_move_between_processes(tmp_path, monkeypatch, capfd):
@@ -764,3 +945,45 @@ def test_an_error_of_another_process_is_quoted():
 )
 def test_who_has_gone(error, gone):
     assert tr.is_gone(error) is gone
+
+
+# ---------------------------------------------------------------- going on
+def test_tensorboard_keeps_every_line_of_a_resumed_run(tmp_path):
+    board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    c = config(save_every=4, log_every=4)
+    with pytest.raises(Stop):
+        run(c, out_dir=tmp_path, on_log=stop_behind(8))
+    run(c, out_dir=tmp_path, resume=True)
+    run(c, out_dir=tmp_path, resume=True)  # nothing is left to do
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    events = board.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [m["step"] for m in lines] == [4, 8, 12]
+    assert [e.step for e in events.Scalars("loss")] == [4, 8, 12]
+
+
+def stop_behind(step):
+    def stop(metrics):
+        if metrics["step"] > step:
+            raise Stop
+
+    return stop
+
+
+def test_resuming_a_finished_run_leaves_its_record(tmp_path):
+    run(config(), out_dir=tmp_path)
+    record = tmp_path / "model" / "training.json"
+    before = record.read_bytes()
+    assert run(config(), out_dir=tmp_path, resume=True).step == 12
+    assert record.read_bytes() == before
+    record.unlink()
+    run(config(), out_dir=tmp_path, resume=True)
+    assert json.loads(record.read_text())["steps"] == 12
+
+
+def test_a_finished_run_can_be_lengthened_where_the_rate_allows_it(tmp_path):
+    run(config(schedule="constant"), out_dir=tmp_path / "constant")
+    again = run(config(schedule="constant", steps=16), out_dir=tmp_path / "constant", resume=True)
+    assert again.step == 16
+    run(config(schedule="cosine"), out_dir=tmp_path / "cosine")
+    with pytest.raises(CheckpointError, match="train.steps: 12 there, 16 here .a cosine ends"):
+        run(config(schedule="cosine", steps=16), out_dir=tmp_path / "cosine", resume=True)

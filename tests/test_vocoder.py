@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import lines, weights
 
+from cmmd import train as tr
 from cmmd.checkpoint import CheckpointError, find_checkpoint, list_checkpoints
 from cmmd.core import make_generator
 from cmmd.mel import log_mel
@@ -497,10 +498,33 @@ def test_a_nan_among_magnitudes_is_skipped():
 def test_bf16_leaves_both_networks_plain():
     generator, discriminator = networks()
     c = config(steps=3, mixed_precision="bf16")
-    train_vocoder(generator, BANK, discriminator=discriminator, config=c, device="cpu")
-    for network in (generator, discriminator):
-        assert not {"forward", "_original_forward"} & set(vars(network))
+    before = [set(vars(network)) for network in (generator, discriminator)]
+    for _ in range(2):
+        train_vocoder(generator, BANK, discriminator=discriminator, config=c, device="cpu")
+        assert [set(vars(network)) for network in (generator, discriminator)] == before
+    trainer = VocoderTrainer(generator, discriminator, BANK, config=c, device="cpu")
+    assert all("forward" in vars(network) for network in (generator, discriminator))
+    tr.release_model(trainer)
     assert discriminator(torch.zeros(1, 4096))[0][0].dtype == torch.float32
+
+
+def test_no_memory_for_the_judge_is_a_sentence(monkeypatch):
+    generator, discriminator = networks()
+    before, real = [set(vars(network)) for network in (generator, discriminator)], []
+    prepare = tr.Accelerator.prepare
+
+    def second_is_full(self, network):
+        real.append(prepare(self, network))
+        if len(real) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.\nmore")
+        return real[-1]
+
+    monkeypatch.setattr(tr.Accelerator, "prepare", second_is_full)
+    c = config(steps=3, mixed_precision="bf16")
+    with pytest.raises(TrainError, match="out of memory before the first step") as error:
+        train_vocoder(generator, BANK, discriminator=discriminator, config=c, device="cpu")
+    assert "\n" not in str(error.value)
+    assert [set(vars(network)) for network in (generator, discriminator)] == before
 
 
 @pytest.mark.slow
