@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import (ClipSpec, check_finite, check_range, check_shape, data_path, make_generator,
-                       pick_device)
+from .core import ClipSpec, check_choice, check_finite, check_range, check_shape, data_path
+from .core import make_generator, pick_device
 from .toy import KINDS, ToyClips, make_clips
 
 # %% ../nbs/22_latents.ipynb #f5b8b98f
@@ -279,21 +279,21 @@ def train_vae(
     progress: bool=True,                      # show a bar
 ) -> AutoencoderKL:                           # the averaged weights, with their scaling factor
     "Train a tiny AutoencoderKL on the toy world; frames are made as they are needed."
-    from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
     check_range("steps", config.steps, 1)
+    check_choice("mixed_precision", config.mixed_precision, ("bf16", "no"))
     device, out_dir, began = pick_device(device), Path(out_dir), time.time()
     out_dir.mkdir(parents=True, exist_ok=True)
     noise = make_generator(config.seed, "posterior", device=device)
     vae = _start_vae(config, start, device)
     ema = EMAModel(vae.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     optimizer, schedule = _vae_optimizer(vae, config)
-    precision = Accelerator(mixed_precision=config.mixed_precision, cpu=device.type == "cpu")
+    half = torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
     batches = tqdm(_batches(config), total=config.steps, disable=not progress)
     with (out_dir / "log.jsonl").open("w", buffering=1) as log:
         for step, (frames, figure) in enumerate(batches):
             frames, weight = frames.to(device), 1 + config.figure_weight * figure.to(device)
-            with precision.autocast():
+            with half:
                 loss, mse = vae_loss(
                     vae, frames, weight, kl_weight=config.kl_weight, generator=noise)
             loss.backward()

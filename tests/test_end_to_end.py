@@ -19,7 +19,7 @@ from cmmd.toy import make_clips
 CLIP = ClipSpec.toy()
 
 
-SMALL = "--config tiny --n-clips 8 --batch-size 2 --save-every 2 --seed 3".split()
+SMALL = "--config tiny --n-clips 8 --batch-size 2 --save-every 2 --seed 3 --n-show 0".split()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_finished_run_can_be_resumed_and_replaced(run, place):
 
 
 def test_contrastive_training_goes_on_from_a_run(run, place):
-    more = ("--start-from", "run", "--steps", "2", "--n-clips", "8", "--batch-size", "2")
+    more = "--start-from run --steps 2 --n-clips 8 --batch-size 2 --n-show 0".split()
     term = ("--contrast-weight", "0.01", "--negatives", "mixture", "--contrast-bound", "1")
     cmmd(place, "train", "--out", "contrast", *more, *term)
     record = json.loads((place / "contrast" / "model" / "training.json").read_text())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from cmmd import latents
 from cmmd.latents import (
@@ -78,4 +79,10 @@ def test_training_a_vae_looks_at_no_gpu_and_draws_nothing_of_others(tmp_path, mo
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
         monkeypatch.setattr(torch.cuda, name, None)  # it must not be asked
+    Accelerator(mixed_precision="no", cpu=True)  # as a run before it, in another precision
     train_vae(tmp_path, VAETrainConfig(steps=1, batch_size=2), device="cpu", progress=False)
+
+
+def test_an_unknown_precision_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="mixed_precision must be one of 'bf16', 'no'; got 'fp16'"):
+        train_vae(tmp_path, VAETrainConfig(mixed_precision="fp16"), device="cpu")
