@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from cmmd import latents
 from cmmd.latents import (
@@ -13,6 +12,7 @@ from cmmd.latents import (
     load_vae,
     train_vae,
 )
+from cmmd.train import make_accelerator
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_training_a_vae_looks_at_no_gpu_and_draws_nothing_of_others(tmp_path, mo
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
         monkeypatch.setattr(torch.cuda, name, None)  # it must not be asked
-    Accelerator(mixed_precision="no", cpu=True)  # as a run before it, in another precision
+    make_accelerator("cpu", "no")  # as a run before it did, in another precision
     train_vae(tmp_path, VAETrainConfig(steps=1, batch_size=2), device="cpu", progress=False)
 
 
