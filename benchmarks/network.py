@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from cmmd.core import make_generator
+from cmmd.core import ClipSpec, make_generator
+from cmmd.scale import forward_flops
 from cmmd.unet import CMMDUNet, UNetConfig
 
 
@@ -43,9 +43,5 @@ def sound_gradient(model: Callable, video: Tensor, audio: Tensor, t: Tensor) -> 
 def paper_operations(size: int) -> tuple[int, int]:
     "Parameters, and arithmetic of a forward pass, counted without computing."
     with torch.device("meta"):
-        model = CMMDUNet(UNetConfig.paper())
-        x = torch.empty(1, 18, 4, size, size), torch.empty(1, 80, 112), torch.zeros(1).long()
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model(*x)
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+        model = CMMDUNet(UNetConfig.paper(clip=ClipSpec(frame_size=8 * size)))
+    return sum(p.numel() for p in model.parameters()), forward_flops(model)
